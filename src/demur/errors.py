@@ -1,0 +1,52 @@
+"""Every error that demur raises on purpose.
+
+    DemurError
+    |-- InputError          what was passed cannot be used: file, row, option, category
+    |-- DataUnavailable     a public set, a model or a download is not to be had here
+    |-- MissingExtra        an optional dependency is not installed; the message holds the install line
+    |-- CapabilityError     the runtime cannot do what a method needs (states from an API, say)
+    |-- MismatchError       an artefact (adapter, operating point, probe) belongs to another model, dtype or T
+    |-- UnsupportedClaim    the data are too few for the guarantee that was asked for
+    |-- RefusalLowering     the change would lower refusal and the operator has not allowed it
+
+Messages say what was passed, why it clashes and what to do instead. The command line prints them without
+a traceback and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class DemurError(Exception):
+    """Base of all errors that demur raises on purpose."""
+
+
+class InputError(DemurError, ValueError):
+    """What was passed cannot be used."""
+
+
+class DataUnavailable(DemurError):
+    """A data set, a model or a download cannot be had here."""
+
+
+class MissingExtra(DemurError, ImportError):
+    """An optional dependency is missing."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f"{feature} needs packages that are not installed. Run: pip install 'demur[{extra}]'")
+
+
+class CapabilityError(DemurError):
+    """A runtime cannot do what was asked of it."""
+
+
+class MismatchError(DemurError):
+    """An artefact belongs to another model, dtype or softmax temperature."""
+
+
+class UnsupportedClaim(DemurError):
+    """The data cannot support the guarantee that was asked for."""
+
+
+class RefusalLowering(DemurError):
+    """A change that lowers refusal was asked for without the operator's consent."""

@@ -1,0 +1,5 @@
+"""Where a model runs: local (transformers with hooks), any OpenAI-compatible endpoint, or scripted for tests."""
+
+from demur.runtime.base import Capability, ControlTokens, Decide, Intervention, Progress, Runtime, States
+
+__all__ = ["Capability", "ControlTokens", "Decide", "Intervention", "Progress", "Runtime", "States"]
