@@ -1,0 +1,326 @@
+"""File forms of the nouns: JSONL, CSV, YAML, and their JSON Schemas. Reading is strict and says where it hurts.
+
+Every row carries `schema_version`. Writing is atomic (temporary file, fsync, rename), so a reader never sees half
+a file. Public schemas lie in `docs/schemas/` and are generated from the dataclasses (`schemas()`).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from demur.errors import InputError
+from demur.types import (
+    SCHEMA_VERSION,
+    Condition,
+    Message,
+    OperatingPoint,
+    Prompt,
+    PromptSet,
+    Reply,
+    Score,
+    Verdict,
+    expand_expected,
+)
+
+Noun = TypeVar("Noun", Prompt, Reply, Verdict, Score, Condition, OperatingPoint)
+
+FILE_NOUNS: Mapping[str, type[Any]] = {
+    "prompt": Prompt,
+    "reply": Reply,
+    "verdict": Verdict,
+    "score": Score,
+    "condition": Condition,
+    "operating_point": OperatingPoint,
+}
+
+csv.field_size_limit(10_000_000)
+
+
+# --- plain rows -------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file, or standard input for `-`; invalid bytes are an error that names the offset."""
+    try:
+        raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; pass a .jsonl or .csv file, or - for standard input") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise InputError(
+            f"{path}: not UTF-8 (byte {raw[e.start]:#04x} at offset {e.start}, line {line}). "
+            "Save the file as UTF-8, e.g. iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def read_rows(path: str | Path, format: str | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of a JSONL or CSV file with their line numbers.
+
+    `format` is "jsonl" or "csv"; by default the suffix decides, and for `-` the first character.
+
+    Raises:
+        InputError: unknown type, broken JSON, a row that is no object, or no rows at all.
+    """
+    text = read_text(path)
+    kind = format or {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}.get(Path(str(path)).suffix.lower())
+    if kind is None and str(path) == "-":
+        kind = "jsonl" if text.lstrip().startswith("{") else "csv"
+    if kind not in ("jsonl", "csv"):
+        raise InputError(f"{path}: unknown file type; use .jsonl or .csv (one JSON object or one CSV row per item)")
+    rows = _jsonl_rows(text, path) if kind == "jsonl" else _csv_rows(text, path)
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
+
+
+def _jsonl_rows(text: str, path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    # Split on newlines alone: splitlines() would cut a string at U+2028, which JSON allows inside strings.
+    for n, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise InputError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {n}: a {type(row).__name__}, expected one JSON object per line")
+        rows.append((n, row))
+    return rows
+
+
+def _csv_rows(text: str, path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                raise InputError(f"{path}, line {reader.line_num}: more fields than the header has columns")
+            rows.append((reader.line_num, {k: v for k, v in row.items() if v not in (None, "")}))
+    except csv.Error as e:
+        raise InputError(f"{path}, line {reader.line_num}: broken CSV ({e})") from None
+    return rows
+
+
+# --- nouns <-> rows ---------------------------------------------------------------------------------------------
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def to_row(noun: Any) -> dict[str, Any]:
+    """A noun as a JSON-ready dict: defaults left out, sets sorted, `schema_version` first."""
+    row: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+    for f in dataclasses.fields(noun):
+        value = getattr(noun, f.name)
+        default = f.default if f.default is not dataclasses.MISSING else None
+        if value is None or value == default or (isinstance(value, (tuple, frozenset, Mapping)) and not value):
+            continue
+        row[f.name] = _plain(value)
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {k: v for k, v in to_row(value).items() if k != "schema_version"}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, frozenset):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
+    """Build a noun from a row; `where` (file and line) opens every error.
+
+    Prompts may be written in short: `prompt` for one user message, `expected` as label, shorthand or list.
+    """
+    data = dict(row)
+    version = int(data.pop("schema_version", SCHEMA_VERSION))
+    if version > SCHEMA_VERSION:
+        raise InputError(f"{where}: schema_version {version} is newer than this demur knows ({SCHEMA_VERSION}); upgrade demur")
+    if cls is Prompt:
+        data = _prompt_fields(data, where)
+    known = {f.name for f in dataclasses.fields(cls)}
+    extra = set(data) - known
+    if extra:
+        raise InputError(f"{where}: unknown field {', '.join(sorted(extra))}; a {cls.__name__} has {', '.join(sorted(known))}")
+    try:
+        return _adapter(cls).validate_python(data)  # type: ignore[no-any-return]
+    except ValidationError as e:
+        first = e.errors()[0]
+        at = ".".join(str(p) for p in first["loc"]) or cls.__name__
+        raise InputError(f"{where}: {at}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
+
+
+def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
+    text, system = data.pop("prompt", None), data.pop("system", None)
+    if "messages" not in data:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where}: needs `prompt` (text) or `messages` (list of role and content)")
+        data["messages"] = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+    elif isinstance(data["messages"], str):
+        try:
+            data["messages"] = json.loads(data["messages"])
+        except json.JSONDecodeError:
+            raise InputError(f"{where}: `messages` in a CSV must be JSON") from None
+    if "expected" in data:
+        value = data["expected"]
+        words = value.replace(";", " ").replace("|", " ").split() if isinstance(value, str) else value
+        try:
+            data["expected"] = expand_expected(words)
+        except (ValueError, TypeError) as e:
+            raise InputError(f"{where}: {e}") from None
+    fields = {f.name for f in dataclasses.fields(Prompt)}
+    extra = {k: data.pop(k) for k in list(data) if k not in fields}
+    if extra:  # a user's own columns are kept, not lost and not guessed at
+        meta = data.get("meta", {})
+        data["meta"] = {**(json.loads(meta) if isinstance(meta, str) else meta), **extra}
+    return data
+
+
+def load(cls: type[Noun], path: str | Path) -> list[Noun]:
+    """All nouns of one kind in a JSONL or CSV file."""
+    return [from_row(cls, row, f"{path}, line {n}") for n, row in read_rows(path)]
+
+
+def load_prompts(path: str | Path, name: str | None = None) -> PromptSet:
+    """A prompt file as a `PromptSet`. Rows without `id` get their line number.
+
+    Raises:
+        InputError: bad row, duplicate id (both lines are named), or an empty file.
+    """
+    prompts, lines = [], {}
+    for n, row in read_rows(path):
+        row = {"id": f"line{n}", **row}
+        row["id"] = str(row["id"])
+        if row["id"] in lines:
+            raise InputError(f"{path}, line {n}: id {row['id']!r} stands on line {lines[row['id']]} too; ids must be unique")
+        lines[row["id"]] = n
+        prompts.append(from_row(Prompt, row, f"{path}, line {n}"))
+    return PromptSet(name or ("stdin" if str(path) == "-" else Path(path).stem), tuple(prompts))
+
+
+def dumps_row(noun: Any) -> str:
+    """One JSONL line (without newline) of a noun or a plain dict."""
+    row = to_row(noun) if dataclasses.is_dataclass(noun) else noun
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def dump_jsonl(nouns: Iterable[Any], path: str | Path) -> None:
+    """Write rows as JSONL, atomically; `-` is standard output."""
+    text = "".join(dumps_row(n) + "\n" for n in nouns)
+    if str(path) == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomic(path, text)
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> None:
+    """Write a file so that readers see the old bytes or the new ones and nothing between."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+        Path(tmp).chmod(mode)
+        Path(tmp).replace(path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+
+
+def csv_safe(value: Any) -> Any:
+    """Neutralise a CSV cell that a spreadsheet would run as a formula (leading = + - @, tab, CR)."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+# --- operating points -------------------------------------------------------------------------------------------
+
+
+def load_operating_point(path: str | Path) -> OperatingPoint:
+    """Read an operating-point YAML file (safe loader; unknown fields are errors)."""
+    try:
+        data = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as e:
+        raise InputError(f"{path}: not YAML ({e})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected an operating point (id, thresholds, ...)")
+    return from_row(OperatingPoint, data, str(path))
+
+
+def dump_operating_point(point: OperatingPoint, path: str | Path) -> None:
+    """Write an operating point as YAML, atomically; `-` is standard output."""
+    text = yaml.safe_dump(to_row(point), sort_keys=False, allow_unicode=True, width=100)
+    if str(path) == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomic(path, text)
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """JSON Schema of each file form, by name."""
+    out = {}
+    for name, cls in FILE_NOUNS.items():
+        schema = _adapter(cls).json_schema(mode="serialization")
+        schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+        schema["title"] = name
+        schema["properties"] = {"schema_version": {"const": SCHEMA_VERSION}, **schema["properties"]}
+        schema["additionalProperties"] = False
+        if cls is Prompt:
+            # files may say `prompt` for one user message and use shorthands in `expected`
+            schema["properties"]["prompt"] = {"type": "string"}
+            schema["properties"]["system"] = {"type": "string"}
+            schema["properties"]["expected"] = {"type": ["string", "array"], "items": {"type": "string"}}
+            schema["required"] = ["id"]
+            schema["anyOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
+            schema["additionalProperties"] = True
+        out[name] = schema
+    return out
+
+
+def prompt_row(prompt: Prompt) -> dict[str, Any]:
+    """The short file form of a prompt: `prompt` instead of `messages` where there is one user message."""
+    row = to_row(prompt)
+    if prompt.messages == (Message(role="user", content=prompt.text),):
+        row.pop("messages")
+        items = list(row.items())
+        items.insert(2, ("prompt", prompt.text))
+        row = dict(items)
+    return row
+
+
+def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Rows of our own append-only JSONL; a last line cut off by a killed writer is left out."""
+    raw = Path(path).read_bytes()
+    for line in raw[: raw.rfind(b"\n") + 1].decode("utf-8", "surrogatepass").split("\n"):
+        if line:
+            yield json.loads(line)
