@@ -1,0 +1,185 @@
+"""Thresholds for any scores: guard models, probes, moderation APIs. One score and one label per row.
+
+The rule is "refuse iff score >= threshold of the row's group". Scores need not be probabilities: any finite
+number will do, as long as more means more refusable; only their order and ties matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from demur.calibrate.base import Calibrator, Slice, data_hash
+from demur.calibrate.best_f1 import BestF1
+from demur.calibrate.check import check_slices
+from demur.calibrate.decide import FloatArray, cuts
+from demur.calibrate.learn_then_test import LearnThenTest
+from demur.calibrate.target_rate import TargetRate
+from demur.errors import InputError
+from demur.types import OperatingPoint, Report
+
+Goal = Literal["max-tpr", "target-rate", "best-f1"]
+Rows = Sequence[tuple[int, Mapping[str, Any]]] | Sequence[Mapping[str, Any]]
+
+_LABELS: Mapping[str, bool] = {
+    "1": True,
+    "true": True,
+    "refuse": True,
+    "0": False,
+    "false": False,
+    "comply": False,
+}
+_CLAIM = "the share of rows labelled 0 in group c with a score at or above its threshold"
+
+
+def calibrate_table(
+    rows: Rows,
+    score: str,
+    label: str,
+    group: str | None = None,
+    alpha: float = 0.05,
+    delta: float = 0.1,
+    goal: Goal = "max-tpr",
+    *,
+    rate: float | None = None,
+    cluster: str | None = None,
+    calibrated_on: str | None = None,
+) -> OperatingPoint:
+    """Calibrate a threshold for each group of a table.
+
+    Args:
+        rows: as `demur.files.read_rows` gives them, (line number, row), or plain mappings.
+        score, label, group: column names. Labels: 1 / true / refuse for rows that should be refused, 0 /
+            false / comply for those that should not. Without `group` there is one threshold, named "all".
+            Rows labelled 0 without a group serve groups that have none of their own, which the guarantee
+            then says.
+        goal: "max-tpr" (`LearnThenTest` at alpha, delta), "target-rate" (needs `rate`) or "best-f1".
+        cluster: column naming rows of one source; a source counts as one draw.
+
+    Raises:
+        InputError: a missing column; a score or label that cannot be read, with its line.
+            UnsupportedClaim: too few rows for alpha and delta.
+
+    >>> rows = [{"p": 0.9, "y": 1}] * 20 + [{"p": 0.1, "y": 0}] * 50
+    >>> calibrate_table(rows, "p", "y").thresholds["all"].tau
+    0.5
+    """
+    p, y, kind, clusters = _read(rows, score, label, group, cluster)
+    slices = _slices(p, y, kind, clusters)
+    return _calibrator(goal, alpha, delta, rate).fit_slices(
+        slices, digest=data_hash(p, y, kind), calibrated_on=calibrated_on, claim=_CLAIM
+    )
+
+
+def check_table_rows(
+    point: OperatingPoint,
+    rows: Rows,
+    score: str,
+    label: str,
+    group: str | None = None,
+    *,
+    cluster: str | None = None,
+) -> Report:
+    """Held-out check of a table's operating point; groups without a threshold are left out and noted."""
+    p, y, kind, clusters = _read(rows, score, label, group, cluster)
+    digest = data_hash(p, y, kind)
+    slices = [s for s in _slices(p, y, kind, clusters) if s.name in cuts(point)]
+    if not slices:
+        raise InputError(f"none of the groups here has a threshold; the point has {', '.join(point.steered)}")
+    return check_slices(point, slices, digest=digest)
+
+
+def refuse_rows(point: OperatingPoint, scores: npt.ArrayLike, groups: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Apply a table's operating point: (n,) True where the score reaches the threshold of the row's group."""
+    tau = cuts(point)
+    unknown = set(groups) - set(tau)
+    if unknown:
+        raise InputError(
+            f"no threshold for {', '.join(sorted(unknown))}; the point has {', '.join(point.steered)}"
+        )
+    return np.asarray(np.asarray(scores, float) >= np.array([tau[g] for g in groups], dtype=np.float64))
+
+
+def _calibrator(goal: str, alpha: float, delta: float, rate: float | None) -> Calibrator:
+    if goal == "max-tpr":
+        return LearnThenTest(alpha, delta)
+    if goal == "best-f1":
+        return BestF1()
+    if goal == "target-rate":
+        if rate is None:
+            raise InputError("goal 'target-rate' needs the rate, e.g. rate=0.9")
+        return TargetRate(rate)
+    raise InputError(f"goal={goal!r}: use max-tpr, target-rate or best-f1")
+
+
+def _slices(
+    p: FloatArray, y: npt.NDArray[np.bool_], kind: npt.NDArray[np.str_], clusters: npt.NDArray[np.str_] | None
+) -> list[Slice]:
+    names = [str(g) for g in np.unique(kind) if g]
+    spare = ~y & (kind == "")
+    out = []
+    for name in names:
+        yes, no = y & (kind == name), ~y & (kind == name)
+        general = not no.any()
+        if general:
+            no = spare
+        if not no.any():
+            raise InputError(
+                f"group {name!r} has no rows labelled 0 (should not be refused), so nothing bounds its errors"
+            )
+        own = (None, None) if clusters is None else (clusters[yes], clusters[no])
+        out.append(Slice(name, p[yes], p[no], own[0], own[1], general))
+    return out
+
+
+def _read(
+    rows: Rows, score: str, label: str, group: str | None, cluster: str | None
+) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.str_], npt.NDArray[np.str_] | None]:
+    if not rows:
+        raise InputError("no rows to calibrate on")
+    p, y, kind, clusters = np.empty(len(rows)), np.empty(len(rows), bool), [], []
+    for i, item in enumerate(rows):
+        line, row = item if isinstance(item, tuple) else (i + 1, item)
+        p[i] = _number(row, score, line)
+        y[i] = _label(row, label, line)
+        value = "all" if group is None else row.get(group)
+        name = "" if value is None else str(value)
+        if not name and y[i]:
+            raise InputError(f"line {line}: a row to refuse needs a group, and column {group!r} is empty")
+        kind.append(name)
+        if cluster is not None:
+            clusters.append(str(_cell(row, cluster, line)))
+    return p, y, np.array(kind, dtype=np.str_), None if cluster is None else np.array(clusters, dtype=np.str_)
+
+
+def _cell(row: Mapping[str, Any], column: str, line: int) -> Any:
+    value = row.get(column)
+    if value is None or value == "":
+        raise InputError(
+            f"line {line}: nothing in column {column!r}; the row has {', '.join(map(str, row)) or 'none'}"
+        )
+    return value
+
+
+def _number(row: Mapping[str, Any], column: str, line: int) -> float:
+    value = _cell(row, column, line)
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not np.isfinite(number):
+        raise InputError(f"line {line}: score {column}={value!r} is no finite number; repair or drop the row")
+    return number
+
+
+def _label(row: Mapping[str, Any], column: str, line: int) -> bool:
+    value = _cell(row, column, line)
+    word = str(value).strip().lower().removesuffix(".0")
+    if word not in _LABELS:
+        raise InputError(
+            f"line {line}: label {column}={value!r}; use 1 / true / refuse or 0 / false / comply"
+        )
+    return _LABELS[word]
