@@ -1,0 +1,72 @@
+# Two commands matter: `make card` and `make test`. Everything they need goes into .venv; nothing needs root.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= out
+
+# Public data for recounts and tests, where it lies beside the repository; a set DEMUR_DATA is left alone.
+ifeq ($(origin DEMUR_DATA),undefined)
+ifneq ($(wildcard ../shared/data/.),)
+export DEMUR_DATA := $(abspath ../shared/data)
+endif
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+INPUTS := pyproject.toml constraints.txt $(shell find packages/demur-smollm2 -type f -not -path '*/build/*' -not -name '*.pyc')
+PIP    := $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt
+
+.PHONY: card test check fast bench wheel-test test-lowest schemas clean help
+.DELETE_ON_ERROR:
+
+card: $(VENV)/.local  ## the Refusal Card of the embedded model, into out/
+	$(BIN)/demur card --out $(OUT)
+	@echo "Open $(OUT)/card.html"
+
+test: check fast wheel-test test-lowest  ## everything a change must pass
+
+check: $(VENV)/.dev  ## lint, format, types, import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# One worker for each core: half the time of one process, although both load torch.
+fast: $(VENV)/.dev  ## the test suite (add ARGS=--slow for the slow tier)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+wheel-test: $(VENV)/.dev  ## the built wheel alone: small, no torch, and its torch-free commands work
+	$(BIN)/python tests/wheel/run.py
+
+test-lowest: $(VENV)/.dev  ## the local runtime on the oldest supported transformers
+	$(BIN)/python tests/lowest/run.py
+
+bench: $(VENV)/.dev  ## states and scores against a plain transformers loop
+	OMP_NUM_THREADS=2 $(BIN)/python bench/bench_runtime.py
+
+schemas: $(VENV)/.dev  ## write docs/schemas/ anew from the dataclasses
+	$(BIN)/python -c "import json, pathlib; from demur import files; [pathlib.Path(f'docs/schemas/{n}.json').write_text(\
+	  json.dumps(s, indent=2, ensure_ascii=False) + '\n', encoding='utf-8') for n, s in files.schemas().items()]"
+
+clean:  ## remove environments, caches and outputs (the model cache under the user's cache folder stays)
+	rm -rf $(VENV) .venv-* build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+# A stamp that is newer than its inputs means: installed, do not touch the network again.
+$(VENV)/.local: $(INPUTS) | $(BIN)/python
+	@echo "Installing demur with torch and transformers into $(VENV) (once, a few minutes) ..."
+	$(PIP) ./packages/demur-smollm2 -e '.[local]'
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS) | $(BIN)/python
+	@echo "Installing demur with its test and training tools into $(VENV) (once, a few minutes) ..."
+	$(PIP) hatchling ./packages/demur-smollm2 -e '.[train,dev]'
+	@touch $@ $(VENV)/.local
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "demur needs Python 3.11, 3.12 or 3.13 and found: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one, for example: make card PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python's venv module does not work here. On Debian or Ubuntu: apt install python3-venv"; exit 2; }

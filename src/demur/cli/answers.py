@@ -1,0 +1,147 @@
+"""`score`, `generate` and `judge`: from prompts to probabilities, answers and verdicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demur.cli import options as o
+from demur.cli.screen import progress, say, warn, write_rows
+from demur.files import load_operating_point
+from demur.types import Prompt, PromptSet
+
+PromptFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE", help="Prompts: JSONL, CSV, - (standard input) or a set such as core:test."
+    ),
+]
+
+
+def score(
+    file: PromptFile,
+    model: o.Model = None,
+    out: o.Out = "-",
+    system: o.System = None,
+    temperature: Annotated[
+        float, typer.Option(min=1e-6, help="Softmax temperature T of the probabilities.")
+    ] = 1.0,
+    adapter: o.Adapter = None,
+    base_only: o.BaseOnly = False,
+    control_tokens: o.ControlTokens = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Probabilities of refusing, without generating.
+
+    Writes JSONL: id, p_refuse, probabilities by category, off_control_mass, token. One forward pass a prompt
+    serves every operating point.
+    """
+    prompts = o.load_prompt_file(file)
+    runtime = o.load_model(
+        model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
+    )
+    with progress("scoring", out) as report:
+        write_rows(runtime.score(prompts, o.condition(system=system), T=temperature, progress=report), out)
+
+
+def generate(
+    text: Annotated[
+        str, typer.Argument(metavar="PROMPT|FILE", help="One prompt as text, or a file of prompts, or -.")
+    ],
+    model: o.Model = None,
+    out: o.Out = "-",
+    system: o.System = None,
+    samples: o.Samples = 1,
+    temperature: o.Temperature = 0.0,
+    seed: o.Seed = 0,
+    max_new_tokens: o.MaxNewTokens = 128,
+    operating_point: o.Point = None,
+    adapter: o.Adapter = None,
+    base_only: o.BaseOnly = False,
+    control_tokens: o.ControlTokens = None,
+    dtype: o.Dtype = None,
+    as_json: o.Json = False,
+) -> None:
+    """Answer one prompt, or a file of prompts.
+
+    One prompt is answered as plain text, a file as JSONL replies.
+    """
+    point = load_operating_point(operating_point) if operating_point else None
+    single = not _is_file(text)
+    prompts = PromptSet("prompt", (Prompt.of(text),)) if single else o.load_prompt_file(text)
+    condition = o.condition(
+        system=system,
+        temperature=temperature,
+        samples=samples,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        operating_point=point.id if point else None,
+    )
+    runtime = o.load_model(
+        model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
+    )
+    with o.steered(runtime, point) as steered, progress("answering", out) as report:
+        replies = steered.generate(prompts, condition, samples=samples, progress=report)
+        if not single or as_json or out != "-":
+            write_rows(replies, out)
+            return
+        for reply in replies:
+            say(reply.content if reply.error is None else f"[no answer: {reply.error}]")
+
+
+def _is_file(text: str) -> bool:
+    """Whether PROMPT|FILE is a file: `-`, a named set, a known suffix, or something that exists."""
+    if text == "-" or o.named_set(text):
+        return True
+    if len(text) > 1000 or "\n" in text:
+        return False
+    return Path(text).suffix.lower() in (".jsonl", ".ndjson", ".csv") or Path(text).is_file()
+
+
+def judge(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Answers: columns prompt and response; JSONL, CSV or -.")
+    ],
+    judge_id: Annotated[
+        str, typer.Option("--judge", "-j", help="A judge id; a wrong one lists them.")
+    ] = "rules/demur-v1",
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts, when FILE holds only ids and answers (demur generate)."),
+    ] = None,
+    out: o.Out = "-",
+) -> None:
+    """Label answers on the refusal scale.
+
+    Writes JSONL verdicts; how far the judge agrees with people is said on stderr.
+    """
+    from demur import judges
+    from demur.report.importers import load_answers
+
+    judge = judges.get(judge_id)
+    answers = load_answers(file, o.load_prompt_file(prompts) if prompts else None)
+    by_id = {p.id: p for p in answers.prompts}
+    verdicts = [judge.judge(by_id[r.prompt_id], r) for r in answers.replies]
+    write_rows(verdicts, out)
+    counts = Counter(str(v.label) for v in verdicts)
+    warn(f"{len(verdicts)} answers: " + ", ".join(f"{n} {label}" for label, n in counts.most_common()))
+    warn(judge_error(judge_id))
+
+
+def judge_error(judge_id: str) -> str:
+    """One sentence on how far a judge agreed with people, and on what."""
+    from demur import judges
+
+    found = judges.measured_error(judge_id)
+    if not found:
+        return f"{judge_id} has not been measured against people."
+    lines = [
+        f"  {a.dataset}: {a.sensitivity:.0%} of {a.n_pos} refusals found, "
+        f"{1 - a.specificity:.0%} of {a.n_neg} other answers called refusals"
+        for a in found
+        if a.stratum == "all" and a.sensitivity is not None and a.specificity is not None
+    ]
+    return "\n".join([f"{judge_id} against people:", *lines])

@@ -1,0 +1,162 @@
+"""`calibrate`: scores with labels become thresholds that keep a stated budget."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from demur.cli import options as o
+from demur.cli.screen import progress, warn
+from demur.errors import InputError
+from demur.files import dump_operating_point, load, read_rows
+from demur.report.render import to_text
+from demur.types import RESPOND, OperatingPoint, PromptSet, Score
+
+
+class Goal(StrEnum):
+    """How a threshold is chosen."""
+
+    MAX_TPR = "max-tpr"
+    TARGET_RATE = "target-rate"
+    BEST_F1 = "best-f1"
+
+
+def calibrate(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Scores of demur score; or any table, with --score; or, with -m, prompts to score first.",
+        ),
+    ],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Category and expectation for the scores of demur score, joined by id."
+        ),
+    ] = "core:calibrate",
+    score: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Any table: the column with the score.")
+    ] = None,
+    label: Annotated[
+        str, typer.Option("--label", "-y", metavar="COLUMN", help="Any table: 1 should refuse, 0 not.")
+    ] = "y",
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Any table: one threshold for each value.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Score the prompts of FILE with this model first.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Budget: false refusals of look-alike prompts.")
+    ] = 0.05,
+    delta: Annotated[float, typer.Option(min=0, max=1, help="Chance at most of missing the budget.")] = 0.1,
+    goal: Annotated[
+        Goal, typer.Option(help="Most true refusals within the budget; a given rate; or best F1.")
+    ] = Goal.MAX_TPR,
+    rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The refusal rate for --goal target-rate.")
+    ] = None,
+    out: o.Out = "-",
+) -> None:
+    """Find thresholds that keep a budget.
+
+    Writes an operating point (YAML). With --goal max-tpr the false refusals of look-alike harmless prompts
+    stay within --alpha with probability 1 - --delta, jointly over categories; where the data cannot support
+    that, it says how many prompts would.
+    """
+    if (goal is Goal.TARGET_RATE) != (rate is not None):
+        raise InputError("--rate and --goal target-rate go together, e.g. --goal target-rate --rate 0.9")
+    from demur.calibrate import CalibrationWarning, describe
+
+    choice: dict[str, Any] = {"alpha": alpha, "delta": delta, "goal": goal.value, "rate": rate}
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always", CalibrationWarning)
+        if score is not None:
+            point = _from_table(file, score, label, group, choice)
+        elif model is not None:
+            point = _from_model(file, model, choice)
+        else:
+            point = fit(load(Score, file), o.load_prompt_file(prompts), choice)
+    for w in raised:
+        warn(f"warning: {w.message}")
+    dump_operating_point(point, out)
+    warn(to_text(describe(point)))
+
+
+def _from_table(
+    file: str, score: str, label: str, group: str | None, choice: dict[str, Any]
+) -> OperatingPoint:
+    from demur.calibrate import calibrate_table
+
+    name = "stdin" if file == "-" else Path(file).stem
+    return calibrate_table(read_rows(file), score, label, group, calibrated_on=name, **choice)
+
+
+def _from_model(file: str, model: str, choice: dict[str, Any]) -> OperatingPoint:
+    prompts = o.load_prompt_file(file)
+    runtime = o.load_model(model)
+    with progress("scoring", "") as report:
+        scores = list(runtime.score(prompts, progress=report))
+    return replace(
+        fit(scores, prompts, choice),
+        model=runtime.name,
+        model_fingerprint=runtime.fingerprint,
+        dtype=runtime.dtype,
+    )
+
+
+def fit(scores: list[Score], prompts: PromptSet, choice: dict[str, Any]) -> OperatingPoint:
+    """Join scores with their prompts by id and calibrate.
+
+    Args:
+        choice: alpha, delta, goal and rate, as `demur.calibrate.calibrate_table` takes them.
+
+    Raises:
+        InputError: an id without prompt or expectation, or scores that differ in categories or T.
+    """
+    from demur.calibrate import BestF1, Calibrator, LearnThenTest, TargetRate, calibrate_table
+
+    known = {p.id: p for p in prompts}
+    lost = [s.id for s in scores if s.id not in known or known[s.id].should_refuse is None]
+    if lost:
+        raise InputError(
+            f"{len(lost)} of {len(scores)} scores (first: {lost[0]!r}) have no prompt with `expected` in "
+            f"{prompts.name!r}; name the file they were scored on with --prompts"
+        )
+    if len({(tuple(s.probabilities), s.T) for s in scores}) > 1:
+        raise InputError(
+            "the scores differ in their categories or in T; calibrate the scores of one model at one T"
+        )
+    first = scores[0]
+    rows = [known[s.id] for s in scores]
+    expected = [bool(p.should_refuse) for p in rows]
+    if not first.probabilities:
+        flat = [
+            {"p": s.p_refuse, "y": int(e), "g": p.category or ""}
+            for s, e, p in zip(scores, expected, rows, strict=True)
+        ]
+        group = "g" if any(p.category for p in rows) else None
+        return replace(
+            calibrate_table(flat, "p", "y", group, calibrated_on=prompts.name, **choice), T=first.T
+        )
+    names = [*(c for c in first.probabilities if c != RESPOND), RESPOND]
+    calibrator: Calibrator = BestF1()
+    if choice["goal"] == "max-tpr":
+        calibrator = LearnThenTest(choice["alpha"], choice["delta"])
+    elif choice["goal"] == "target-rate":
+        calibrator = TargetRate(choice["rate"])
+    return calibrator.fit(
+        [[s.probabilities[c] for c in names] for s in scores],
+        expected,
+        [p.category for p in rows],
+        [p.group or p.id for p in rows] if any(p.group for p in rows) else None,
+        names=names,
+        calibrated_on=prompts.name,
+        T=first.T,
+    )

@@ -1,0 +1,135 @@
+"""Arguments and options that mean the same in every command, and what they turn into."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demur.cli.screen import warn
+from demur.errors import InputError
+from demur.files import load_prompts, read_text
+from demur.runtime.base import Runtime
+from demur.types import Condition, OperatingPoint, PromptSet
+
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]", help="Built-in name, folder, hub id or endpoint URL#model; default demur-smollm2."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Built-in name, folder, hub id or endpoint URL#model; default demur-smollm2."
+    ),
+]
+Out = Annotated[
+    str, typer.Option("--out", "-o", metavar="FILE", help="Where the result goes; - is standard output.")
+]
+System = Annotated[
+    Path | None, typer.Option("--system", metavar="FILE", help="File with the system message.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Answers for each prompt; needs a temperature above 0.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Token budget of an answer, thinking included.")]
+Point = Annotated[
+    Path | None,
+    typer.Option("--operating-point", metavar="FILE", help="Thresholds to decide by (demur calibrate)."),
+]
+Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter made by demur train.")]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="The model without its refusal-token adapter.")]
+ControlTokens = Annotated[
+    str | None,
+    typer.Option(metavar="PRESET|FILE", help="Which token ids are control tokens, for foreign checkpoints."),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto; default as the model asks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load_model(
+    model: str | None,
+    *,
+    dtype: str | None = None,
+    adapter: Path | None = None,
+    base_only: bool = False,
+    control_tokens: str | None = None,
+) -> Runtime:
+    """The Runtime that MODEL and its options name."""
+    from demur.flows.load import load_runtime
+
+    return load_runtime(
+        model, base_only=base_only, say=warn, dtype=dtype, adapter=adapter, control_tokens=control_tokens
+    )
+
+
+def steered(runtime: Runtime, point: OperatingPoint | None) -> AbstractContextManager[Runtime]:
+    """The runtime under an operating point, or as it is.
+
+    Raises:
+        MismatchError, InputError: the point belongs to another model, or steers categories this one lacks.
+    """
+    if point is None:
+        return nullcontext(runtime)
+    from demur.control.refusal_tokens import RefusalTokens
+    from demur.flows.card import check_point
+
+    check_point(point, runtime, point.T)
+    view: AbstractContextManager[Runtime] = RefusalTokens(point, T=point.T).on(runtime)
+    return view
+
+
+PUBLIC = ("coconot", "xstest", "refusal_tokens_eval", "temporal", "benign_alpaca")
+"""Loaders of `demur.prompts` that a FILE argument may name."""
+
+
+def named_set(file: str) -> bool:
+    """Whether a FILE argument names a prompt set rather than a file: `core:test`, `xstest`, ..."""
+    return file.startswith("core:") or file.replace("-", "_") in PUBLIC
+
+
+def load_prompt_file(file: str) -> PromptSet:
+    """Prompts of a JSONL or CSV file, of standard input (`-`), or of a named set."""
+    if not named_set(file):
+        return load_prompts(file)
+    from demur import prompts
+
+    if file.startswith("core:"):
+        return prompts.core(file.removeprefix("core:"))
+    found: PromptSet = getattr(prompts, file.replace("-", "_"))()
+    return found
+
+
+def condition(
+    *,
+    system: Path | None = None,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    max_new_tokens: int = 128,
+    operating_point: str | None = None,
+) -> Condition:
+    """The Condition that the options describe; its name says what differs from the default.
+
+    Raises:
+        InputError: several samples at temperature 0 (they would be copies), or an empty system file.
+    """
+    if samples > 1 and temperature == 0:
+        raise InputError(
+            f"--samples {samples} at temperature 0 gives {samples} equal answers; add --temperature 0.7"
+        )
+    text = read_text(system).strip() if system else None
+    if text == "":
+        raise InputError(f"{system}: the system message is empty; leave --system out instead")
+    parts = ["system" if text else "", f"T{temperature:g}" if temperature else "", operating_point or ""]
+    return Condition(
+        name="+".join(filter(None, parts)) or "default",
+        system=text,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        operating_point=operating_point,
+    )

@@ -1,0 +1,99 @@
+"""`train`: methods that make an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from demur.cli import options as o
+from demur.cli.screen import bar, warn
+
+app = typer.Typer(help="Train an adapter.", rich_markup_mode=None, no_args_is_help=True)
+
+
+@app.callback()
+def _methods() -> None:
+    pass
+
+
+@app.command("refusal-tokens")
+def refusal_tokens(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="[FILE]", help="Prompts to train on; refusals need category and reference."),
+    ] = "core:train",
+    select: Annotated[
+        str, typer.Option(metavar="FILE", help="Prompts for early stopping, written by others.")
+    ] = "core:select",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The base: built-in name, folder or hub id.")
+    ] = "smollm2",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the adapter goes.")
+    ] = Path("adapter"),
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Training settings as YAML.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="category, single (one refuse token) or none (baseline).")
+    ] = None,
+    contrast: Annotated[bool | None, typer.Option(help="Keep look-alike harmless prompts.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+) -> None:
+    """Teach a model to open each answer with a token that says whether it refuses, and why.
+
+    Options given here win over the recipe file. Use the result with --adapter, for example
+    demur card smollm2 --adapter FOLDER.
+    """
+    from demur.train.refusal_tokens import RefusalTokens
+
+    given = {"mode": mode, "contrast": contrast, "epochs": epochs, "seed": seed}
+    settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None})
+    prompts, picks = o.load_prompt_file(file), o.load_prompt_file(select)
+    runtime = o.load_model(model, base_only=True)
+    with _stages() as report:
+        RefusalTokens(settings).fit(runtime, prompts, picks, out, progress=report)
+    warn(f"Adapter written to {out}. Next: demur card {model} --adapter {out}")
+
+
+def _recipe(path: Path | None, given: dict[str, Any]) -> Any:
+    """The recipe of a YAML file, with the options laid over it."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from demur.errors import InputError
+    from demur.files import read_text
+    from demur.train.refusal_tokens import Recipe
+
+    try:
+        data = yaml.safe_load(read_text(path)) if path else {}
+    except yaml.YAMLError as e:
+        raise InputError(f"{path}: not YAML ({e})") from None
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    if not isinstance(data, dict) or set(data) - set(known):
+        raise InputError(f"{path}: a recipe holds `name: value` lines; names are {', '.join(known)}")
+    try:
+        return TypeAdapter(Recipe).validate_python({**data, **given})
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise InputError(
+            f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})"
+        ) from None
+
+
+@contextmanager
+def _stages() -> Iterator[Any]:
+    """Progress of a run with named stages: one line each, with the time left."""
+    with bar() as b:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = b.add_task(what, total=total)
+            b.update(tasks[what], completed=done, total=total)
+
+        yield report
