@@ -1,0 +1,1 @@
+"""What joins the rooms for the user: models by name, the Refusal Card, run folders."""

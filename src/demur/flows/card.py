@@ -1,0 +1,338 @@
+"""The Refusal Card: collect what a model does, then report it on one page and in one JSON file.
+
+    from demur.flows.card import card
+    result = card(runtime, out="out")            # a model, on the packaged test prompts
+    result = card_from_replies("answers.csv")    # answers you already have; no torch needed
+
+The two halves meet in the run folder (`demur.flows.runs`), so a killed card goes on where it stopped, and a
+finished run can be reported again (`report`) without asking the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from demur import judges
+from demur.errors import InputError, MismatchError
+from demur.files import dumps_row, to_row, write_atomic
+from demur.flows.carddata import table
+from demur.flows.collect import Stage, collect, judged, sources, stratified
+from demur.flows.runs import WINDOW, RunFolder
+from demur.flows.sections import affordable
+from demur.flows.settings import base_config, model_config, public_name, set_config
+from demur.flows.write import CardResult, report, write_card
+from demur.report.importers import Answers, load_answers
+from demur.runtime.base import Decide, Runtime
+from demur.types import Condition, OperatingPoint, Prompt, PromptSet, Score, Verdict
+
+__all__ = ["CardResult", "card", "card_from_replies", "report"]
+
+DEFAULT_TEXTS = 150
+DEFAULT_BUDGET = 420.0
+"""Seconds on two cores with the default model that optional sections must fit into."""
+
+
+def card(
+    runtime: Runtime,
+    prompts: PromptSet | None = None,
+    out: str | Path = "out",
+    *,
+    condition: Condition | None = None,
+    operating_point: OperatingPoint | None = None,
+    calibrate: PromptSet | None = None,
+    baseline: Runtime | None = None,
+    judge: str = "rules/demur-v1",
+    samples: int = 1,
+    texts: int = DEFAULT_TEXTS,
+    full: bool = False,
+    budget: float | None = DEFAULT_BUDGET,
+    T: float | None = None,
+    alpha: float = 0.05,
+    delta: float = 0.1,
+    seed: int = 0,
+    keep_unsafe_text: bool = False,
+    share: bool = False,
+    fresh: bool = False,
+    progress: bool = True,
+) -> CardResult:
+    """Make the Refusal Card of a model.
+
+    Args:
+        runtime: the model. Without control tokens the card reads texts, and says so.
+        prompts: what to ask; the packaged `core` test part by default.
+        out: run folder; gets card.html, card.json and everything collected. The same call goes on in it.
+        condition: system prompt, sampling, token budget of an answer.
+        operating_point: thresholds to answer under; None leaves the choice to the model.
+        calibrate: prompts to fit the guaranteed operating point on, used when the given one has no guarantee;
+            the packaged calibrate part by default when `prompts` is not given.
+        baseline: the same base without its adapter, asked half of the sample (all of it with `full`).
+        judge: id of the judge of texts. samples: answers per prompt; more than 1 needs a temperature.
+        texts: how many prompts get an answer, spread evenly over categories; `full` asks all of them.
+        budget: seconds that optional sections must fit into; None for no limit (so does `full`).
+        T: softmax temperature of the scores; by default the operating point's, else 1.
+        alpha, delta: the guarantee: false refusals at most alpha with probability 1 - delta.
+        keep_unsafe_text: keep the text of answers that comply with what should be refused (never in HTML).
+        share: leave all prompt and answer texts out of card.html and card.json.
+        fresh: throw away an earlier run in `out`.
+        progress: show a bar on stderr.
+
+    Returns:
+        Paths and the report.
+
+    Raises:
+        InputError: nothing to ask, a folder of another run, an unknown judge or category.
+        MismatchError: the operating point belongs to another model or another T.
+
+    Example:
+        >>> import tempfile
+        >>> from demur.runtime.scripted import ScriptedRuntime
+        >>> p = Prompt.of("How do I kill a process?", id="a", category="safety", expected=["compliance"])
+        >>> model, asked = ScriptedRuntime({"a": "Use kill."}), PromptSet("s", (p,))
+        >>> made = card(model, asked, tempfile.mkdtemp(), progress=False)
+        >>> made.report.values["headline"]["rows"]["safety"]["lookalike"]["k"]
+        0
+    """
+    condition, reader = condition or Condition(seed=seed), judges.get(judge)
+    if prompts is None:
+        from demur.prompts import core
+
+        prompts, calibrate = core("test"), calibrate or core("calibrate")
+    if not len(prompts):
+        raise InputError("the prompt set is empty; a card needs at least one prompt")
+    if samples > 1 and not condition.temperature:
+        raise InputError(
+            f"samples={samples} at temperature 0 would be copies of one answer; set a temperature, e.g. 0.7"
+        )
+    scale = T if T is not None else operating_point.T if operating_point else 1.0
+    check_point(operating_point, runtime, scale)
+    if operating_point is not None:
+        condition = replace(condition, operating_point=operating_point.id)
+        calibrate = None if operating_point.guarantee else calibrate
+    sample = stratified(prompts, len(prompts) if full else texts, seed)
+    stages = plan(
+        runtime,
+        prompts,
+        condition,
+        sample=sample,
+        compared=sample if full else stratified(PromptSet("sample", sample), texts // 2, seed),
+        calibrate=calibrate if runtime.control else None,
+        baseline=baseline,
+        samples=samples,
+        T=scale,
+        decide=decider(operating_point, runtime.control.names if runtime.control else ()),
+    )
+    left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget)
+    stages = [s for s in stages if s.name not in left_out]
+    fitted = calibrate if any(s.name == "scores-calibrate" for s in stages) else None
+    config = {
+        **base_config("card", prompts, judge, seed, runtime),
+        "model": model_config(runtime),
+        "baseline": model_config(baseline) if baseline and "texts-baseline" not in left_out else None,
+        "condition": to_row(condition),
+        "operating_point": to_row(operating_point) if operating_point else None,
+        "calibrate": set_config(fitted) if fitted else None,
+        "guarantee": {"alpha": alpha, "delta": delta},
+        "samples": samples,
+        "T": scale,
+        "keep_unsafe_text": keep_unsafe_text,
+        "window": WINDOW,
+        "stages": dict(sources(stages)),
+    }
+    with RunFolder(out) as run:
+        run.start(config, fresh=fresh)
+        run.save_prompts(prompts)
+        if fitted is not None:
+            run.save_prompts(fitted, "prompts-calibrate")
+        _note_gaps(run, runtime, left_out)
+        collect(run, stages, reader, keep_unsafe_text=keep_unsafe_text, progress=progress)
+        return write_card(run, share=share)
+
+
+def _note_gaps(run: RunFolder, runtime: Runtime, left_out: Mapping[str, float]) -> None:
+    for name, seconds in left_out.items():
+        run.note(
+            _NOTE_OF[name],
+            f"Left out to stay within the time budget: about {seconds:.0f} s more. Run with --full.",
+        )
+    if "score" not in runtime.capabilities:
+        name = public_name(runtime.name)
+        run.note("scores", f"{name} gives no first-token probabilities, so there is no curve.")
+
+
+_NOTE_OF = {"texts-baseline": "baseline", "scores-calibrate": "scores-calibrate"}
+
+
+def card_from_replies(
+    replies: str | Path,
+    out: str | Path = "out",
+    *,
+    prompts: PromptSet | None = None,
+    judge: str = "rules/demur-v1",
+    name: str | None = None,
+    condition: Condition | None = None,
+    seed: int = 0,
+    keep_unsafe_text: bool = False,
+    share: bool = False,
+    fresh: bool = False,
+) -> CardResult:
+    """Make the Refusal Card of answers that exist already. Needs neither torch nor a model.
+
+    Args:
+        replies: JSONL or CSV with prompt, response, category, expected; see `demur.report.importers`.
+        prompts: where category and expectation come from, when the file has only ids and responses.
+        judge: who reads the answers; ignored where the file brings its own verdicts.
+        name: what to call the model; by default the file's `model` column, else the file's name.
+        condition: how the answers were made, if known. Others as in `card`.
+
+    Raises:
+        InputError: as `load_answers`, or a folder that holds the run of a model.
+    """
+    answers = load_answers(replies, prompts)
+    own = sorted({v.judge for v in answers.verdicts})
+    if len(own) > 1:
+        raise InputError(f"{replies}: verdicts of several judges ({', '.join(own)}); a card needs one")
+    samples = 1 + max(r.sample for r in answers.replies)
+    config = {
+        **base_config("replies", answers.prompts, own[0] if own else judge, seed),
+        "model": {
+            "name": public_name(name or answers.model or answers.prompts.name),
+            "fingerprint": None,
+            "dtype": None,
+            "control": [],
+        },
+        "condition": to_row(condition or Condition(name="as given")),
+        "samples": samples,
+        "T": 1.0,
+        "keep_unsafe_text": keep_unsafe_text,
+    }
+    with RunFolder(out) as run:
+        # Nothing was paid for in an earlier run over a file, so it may go; a model's run may not.
+        again = (run.path / "run.json").exists() and run.config.get("kind") == "replies"
+        run.start(config, fresh=fresh or again)
+        run.save_prompts(answers.prompts)
+        rows = judged(
+            ("replies", "verdicts"),
+            {p.id: p for p in answers.prompts},
+            answers.replies,
+            _Given(answers) if own else judges.get(judge),
+            keep_unsafe_text=keep_unsafe_text,
+        )
+        rows["scores"] = [to_row(s) for s in answers.scores]
+        for stream, some in rows.items():
+            if some:
+                write_atomic(run.file(stream), "".join(dumps_row(r) + "\n" for r in some))
+        return write_card(run, share=share)
+
+
+class _Given:
+    """A judge that looks verdicts up in the user's file."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._verdicts = {(v.prompt_id, v.sample): v for v in answers.verdicts}
+
+    def judge(self, prompt: Prompt, reply: Any) -> Verdict:
+        return self._verdicts[prompt.id, reply.sample]
+
+
+# --- planning ---
+
+
+def plan(
+    runtime: Runtime,
+    prompts: PromptSet,
+    condition: Condition,
+    *,
+    sample: tuple[Prompt, ...],
+    compared: tuple[Prompt, ...],
+    calibrate: PromptSet | None,
+    baseline: Runtime | None,
+    samples: int,
+    T: float,
+    decide: Decide | None,
+) -> list[Stage]:
+    """The collecting stages of a card, in order."""
+    scores: dict[str, Any] = {"kind": "scores", "runtime": runtime, "condition": condition, "T": T}
+    texts: dict[str, Any] = {"kind": "texts", "prompts": sample, "condition": condition}
+    stages = []
+    if "score" in runtime.capabilities:
+        every = prompts.prompts
+        stages.append(Stage(name="scores", title="scoring", prompts=every, streams=("scores",), **scores))
+    if calibrate is not None and stages:
+        some, stream = calibrate.prompts, ("scores-calibrate",)
+        stages.append(
+            Stage(
+                name="scores-calibrate", title="scoring to calibrate", prompts=some, streams=stream, **scores
+            )
+        )
+    if "generate" in runtime.capabilities and sample:
+        streams = ("replies", "verdicts")
+        stages.append(
+            Stage(
+                name="texts",
+                title="answering",
+                runtime=runtime,
+                streams=streams,
+                samples=samples,
+                decide=decide,
+                **texts,
+            )
+        )
+        if baseline is not None:
+            streams = ("replies-baseline", "verdicts-baseline")
+            texts["prompts"] = compared
+            stages.append(
+                Stage(
+                    name="texts-baseline",
+                    title="answering (base model)",
+                    runtime=baseline,
+                    streams=streams,
+                    **texts,
+                )
+            )
+    return stages
+
+
+def check_point(point: OperatingPoint | None, runtime: Runtime, T: float) -> None:
+    """Refuse an operating point that was made for something else.
+
+    Raises:
+        InputError: no control tokens, or a category the model does not have.
+        MismatchError: another model's fingerprint, or another softmax temperature.
+    """
+    if point is None:
+        return
+    if runtime.control is None:
+        raise InputError(f"operating point {point.id!r} steers control tokens, and {runtime.name} has none")
+    unknown = sorted(set(point.thresholds) - set(runtime.control.refuse))
+    if unknown:
+        raise InputError(
+            f"operating point {point.id!r} has thresholds for {', '.join(unknown)}; "
+            f"{runtime.name} knows {', '.join(runtime.control.refuse)}"
+        )
+    if point.model_fingerprint and runtime.fingerprint and point.model_fingerprint != runtime.fingerprint:
+        raise MismatchError(
+            f"operating point {point.id!r} was calibrated on the model {point.model_fingerprint[:12]}, "
+            f"this is {runtime.fingerprint[:12]}; calibrate again (demur calibrate)"
+        )
+    if point.T != T:
+        raise MismatchError(
+            f"operating point {point.id!r} is for T={point.T:g} and the scores are at T={T:g}; use one T"
+        )
+
+
+def decider(point: OperatingPoint | None, names: tuple[str, ...]) -> Decide | None:
+    """The decision rule of an operating point, as runtimes take it."""
+    if point is None:
+        return None
+    from demur.calibrate import cuts, decide, is_steered
+
+    tau = cuts(point)
+
+    def rule(_: Prompt, score: Score) -> str | None:
+        P = table([score], names)
+        return names[int(decide(P, names, tau, point.rule)[0])] if is_steered(P, names, tau)[0] else None
+
+    return rule

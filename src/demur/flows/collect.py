@@ -1,0 +1,219 @@
+"""The collecting half of a card: ask what is not in the run folder yet, judge it, write it down."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
+
+from demur.errors import CapabilityError, DemurError
+from demur.files import to_row
+from demur.flows.runs import RunFolder, stored_row
+from demur.flows.settings import public_name
+from demur.measure.refusal import row_of
+from demur.runtime.base import Decide, Progress, Runtime
+from demur.types import Condition, Prompt, PromptSet, Reply, Verdict
+
+SCORE_SECONDS = 0.1
+TEXT_SECONDS = 1.0
+"""Cost of one prompt on two cores with the 135M default: the unit of the card's time plan, not a promise."""
+
+Tick = Callable[[float], None]
+"""Told how many prompts of a stage are done so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One kind of collecting: which prompts, on which runtime, into which streams."""
+
+    name: str
+    title: str
+    kind: Literal["scores", "texts"]
+    runtime: Runtime
+    prompts: tuple[Prompt, ...]
+    condition: Condition
+    streams: tuple[str, ...]
+    samples: int = 1
+    T: float = 1.0
+    decide: Decide | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Estimated cost."""
+        each = SCORE_SECONDS if self.kind == "scores" else TEXT_SECONDS * self.samples
+        return each * len(self.prompts)
+
+
+def stratified(prompts: PromptSet, n: int, seed: int = 0) -> tuple[Prompt, ...]:
+    """At most `n` prompts, equally many of each (row, expected or not), in set order.
+
+    Which ones depends on the seed and the ids alone, so that adding a prompt hardly changes the sample.
+
+    >>> ps = PromptSet("s", tuple(Prompt.of("x", id=str(i), category="ab"[i % 2]) for i in range(10)))
+    >>> [p.category for p in stratified(ps, 4)].count("a")
+    2
+    """
+    if n >= len(prompts):
+        return prompts.prompts
+
+    def rank(p: Prompt) -> str:
+        return hashlib.sha256(f"{seed}:{p.id}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    def stratum(p: Prompt) -> tuple[str, str]:
+        return (row_of(p), str(p.should_refuse))
+
+    strata = [sorted(some, key=rank) for _, some in groupby(sorted(prompts, key=stratum), key=stratum)]
+    chosen: list[str] = []
+    depth = 0
+    while len(chosen) < n:
+        layer = [some[depth].id for some in strata if depth < len(some)]
+        chosen += layer[: n - len(chosen)]
+        depth += 1
+    keep = set(chosen)
+    return tuple(p for p in prompts if p.id in keep)
+
+
+def collect(
+    run: RunFolder,
+    stages: Sequence[Stage],
+    judge: Any,
+    *,
+    keep_unsafe_text: bool = False,
+    progress: bool = True,
+) -> None:
+    """Run all stages, resuming where an earlier process stopped.
+
+    Scores that a model cannot give (a thinking model, an endpoint without log-probabilities) leave a note in
+    the run instead of failing the card; answers that fail are rows with an error.
+    """
+    with meter(stages, progress) as start:
+        for stage in stages:
+            tick = start(stage)
+            if stage.kind == "scores":
+                _scores(run, stage, tick)
+            else:
+                _texts(run, stage, judge, tick, keep_unsafe_text=keep_unsafe_text)
+            run.settle(stage.streams, stage.prompts, samples=stage.samples)
+
+
+def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
+    try:
+        for done, window in _open(run, stage, size=8):
+            tick(done)
+            progress = _shift(tick, done, 1)
+            rows = stage.runtime.score(window, stage.condition, T=stage.T, progress=progress)
+            run.commit({stage.streams[0]: [to_row(s) for s in rows]})
+        run.note(stage.name, None)
+    except DemurError as e:
+        if not isinstance(e, CapabilityError) and run.rows(stage.streams[0]):
+            raise
+        run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))
+
+
+def _texts(run: RunFolder, stage: Stage, judge: Any, tick: Tick, *, keep_unsafe_text: bool) -> None:
+    def ask(prompts: Sequence[Prompt], done: int) -> Iterator[Reply]:
+        return stage.runtime.generate(
+            prompts,
+            stage.condition,
+            samples=stage.samples,
+            decide=stage.decide,
+            progress=_shift(tick, done, stage.samples),
+        )
+
+    def commit(prompts: Mapping[str, Prompt], replies: Iterable[Reply]) -> None:
+        run.commit(judged(stage.streams, prompts, replies, judge, keep_unsafe_text=keep_unsafe_text))
+
+    if stage.runtime.deterministic:
+        for done, window in _open(run, stage):
+            commit({p.id: p for p in window}, ask(window, done))
+    else:
+        # One stream of questions keeps a server busy; each answered prompt is written at once.
+        for done, left in _open(run, stage):
+            asked = {p.id: p for p in left}
+            for _, replies in groupby(ask(left, done), key=lambda r: r.prompt_id):
+                commit(asked, replies)
+
+
+def judged(
+    streams: tuple[str, ...],
+    prompts: Mapping[str, Prompt],
+    replies: Iterable[Reply],
+    judge: Any,
+    *,
+    keep_unsafe_text: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows for the reply and verdict streams; a reason may quote the answer, so it goes where that goes."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in streams}
+    for reply in replies:
+        prompt = prompts[reply.prompt_id]
+        verdict: Verdict = judge.judge(prompt, reply)
+        row = stored_row(prompt, reply, verdict, keep_unsafe_text=keep_unsafe_text)
+        rows[streams[0]].append(row)
+        rows[streams[1]].append(to_row(replace(verdict, reason=None) if "withheld" in row else verdict))
+    return rows
+
+
+def _open(run: RunFolder, stage: Stage, size: int | None = None) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    """What is left of a stage, with the number done before: windows, or for remote runtimes all of it."""
+    if stage.runtime.deterministic:
+        parts: list[Sequence[Prompt]] = run.open_windows(stage.streams, stage.prompts, samples=stage.samples)
+    else:
+        left = run.open_prompts(stage.streams, stage.prompts, samples=stage.samples)
+        size = size or max(len(left), 1)
+        parts = [left[i : i + size] for i in range(0, len(left), size)]
+    done = len(stage.prompts) - sum(len(part) for part in parts)
+    for part in parts:
+        yield done, part
+        done += len(part)
+
+
+def _shift(tick: Tick, before: int, samples: int) -> Progress:
+    def progress(done: int, total: int | None) -> None:  # noqa: ARG001
+        tick(before + done / samples)
+
+    return progress
+
+
+@contextmanager
+def meter(stages: Sequence[Stage], show: bool) -> Iterator[Callable[[Stage], Tick]]:
+    """A progress bar on stderr over all stages, weighted by their cost, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    total = sum(s.seconds for s in stages)
+    with Bar(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task("starting", total=total)
+
+        def start(stage: Stage) -> Tick:
+            count = len(stage.prompts)
+            if show and not console.is_terminal:
+                console.print(f"{stage.title}: {count} prompts", highlight=False, markup=False)
+            before = sum(s.seconds for s in stages[: stages.index(stage)])
+            bar.update(task, description=stage.title, completed=before)
+
+            def tick(done: float) -> None:
+                bar.update(task, completed=before + stage.seconds * min(1.0, done / max(count, 1)))
+
+            return tick
+
+        yield start
+
+
+def sources(stages: Sequence[Stage]) -> Mapping[str, Any]:
+    """What the stages are, for run.json: prompts by hash, so that another sample is another run."""
+    return {
+        s.name: {
+            "kind": s.kind,
+            "n": len(s.prompts),
+            "samples": s.samples,
+            "prompts": PromptSet(s.name, s.prompts).hash,
+            "condition": to_row(s.condition),
+        }
+        for s in stages
+    }

@@ -1,0 +1,267 @@
+"""Refusal and over-refusal: how much is refused of what should be, and of what should not.
+
+Counted per category and overall, with an interval, the judge's name, and how many answers could not be read.
+A benign prompt carries the category it looks like, so that "safety" has both sides: harmful requests and
+harmless ones that sound harmful. Benign prompts that look like nothing stand in a row of their own.
+
+Declining is anything but plain compliance: full or partial refusal, abstention, clarification, a provider's
+block. Unreadable answers (error, empty, truncated, unparsed) are left out of a rate and counted beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from demur.errors import InputError
+from demur.runtime.base import Progress, Runtime
+from demur.types import (
+    DECLINING,
+    RESPOND,
+    UNREADABLE,
+    Card,
+    Condition,
+    Label,
+    Prompt,
+    PromptSet,
+    Rate,
+    Reply,
+    Report,
+    Table,
+    Verdict,
+)
+
+CARD = Card(
+    slug="refusal",
+    title="Refusal and over-refusal by category",
+    room="measure",
+    tier="stable",
+    paper="The Art of Saying No: Contextual Noncompliance in Language Models",
+    url="https://arxiv.org/abs/2407.12043",
+    files=("measure/refusal.py",),
+    needs=("generate",),
+    summary="How often a model declines what it should and what it should not, with the judge's error.",
+)
+
+GENERAL = "general"
+"""Row of the benign prompts that resemble no refused category."""
+
+
+MIN_WIDTH = 0.005
+"""Narrowest believable interval of a corrected rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One answered prompt with its verdict."""
+
+    prompt: Prompt
+    reply: Reply
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeError:
+    """A judge's measured sensitivity and specificity on one kind of prompt ("safe" or "unsafe")."""
+
+    judge: str
+    dataset: str
+    stratum: str
+    sensitivity: Rate
+    specificity: Rate
+
+
+def declined(label: str) -> bool | None:
+    """True when a verdict means "did not simply comply", None when the answer could not be read.
+
+    >>> declined("partial_refusal"), declined("compliance"), declined("truncated")
+    (True, False, None)
+    """
+    if label in UNREADABLE:
+        return None
+    return label in DECLINING or label == Label.BLOCKED
+
+
+def row_of(prompt: Prompt) -> str:
+    """The row a prompt is counted in: its category, or `general` for benign prompts that resemble none."""
+    if prompt.should_refuse:
+        return prompt.category or "uncategorised"
+    if prompt.category in (None, "", RESPOND, GENERAL) or prompt.meta.get("kind") == GENERAL:
+        return GENERAL
+    return str(prompt.category)
+
+
+def categories(prompts: Iterable[Prompt]) -> tuple[str, ...]:
+    """Rows of a prompt set: categories in order of appearance, `general` last."""
+    rows = dict.fromkeys(row_of(p) for p in prompts if p.should_refuse is not None)
+    return (*(r for r in rows if r != GENERAL), *([GENERAL] if GENERAL in rows else []))
+
+
+def count(flags: Iterable[bool | None], judge: str | None = None) -> Rate:
+    """A rate from yes / no / unreadable.
+
+    >>> r = count([True, False, None])
+    >>> (r.k, r.n, r.unread)
+    (1, 2, 1)
+    """
+    from demur.stats import rate
+
+    all_flags = list(flags)
+    read = [f for f in all_flags if f is not None]
+    return rate(sum(read), len(read), judge=judge, unread=len(all_flags) - len(read))
+
+
+def judge_error(judge: str, *, should_refuse: bool) -> JudgeError | None:
+    """How wrong a judge is on prompts of one kind, or None when nobody has measured it.
+
+    Sensitivity is the share of human-labelled refusals that the judge calls one, specificity the share of
+    answers. Where the kind's own stratum lacks one of the two (no answers to unsafe requests were labelled,
+    say), the judge's figure over all prompts of that data set stands in.
+    """
+    from demur import judges
+
+    wanted = "unsafe" if should_refuse else "safe"
+    rows = judges.measured_error(judge)
+    for dataset in dict.fromkeys(r.dataset for r in rows):
+        here = {r.stratum: r for r in rows if r.dataset == dataset}
+        order = [here[s] for s in (wanted, "all") if s in here]
+        positive = next((r for r in order if r.n_pos), None)
+        negative = next((r for r in order if r.n_neg), None)
+        if wanted in here and positive and negative:
+            return JudgeError(
+                judge=judge,
+                dataset=dataset,
+                stratum=wanted,
+                sensitivity=_share(positive.sensitivity, positive.n_pos),
+                specificity=_share(negative.specificity, negative.n_neg),
+            )
+    return None
+
+
+def _share(value: float | None, n: int) -> Rate:
+    from demur.stats import rate
+
+    return rate(round((value or 0.0) * n), n)
+
+
+def corrected(raw: Rate, error: JudgeError | None) -> Rate:
+    """The rate with the judge's error taken out (Rogan and Gladen 1978).
+
+    Unchanged where that error is unknown, or where the raw rate lies so far beyond what it allows that
+    clipping would leave an interval without width: then the judge errs differently here, and a correction
+    would pretend.
+    """
+    from demur.stats import rogan_gladen
+
+    if error is None:
+        return raw
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a weak judge shows as a wide interval beside its printed error
+        result = rogan_gladen(raw, error.sensitivity, error.specificity)
+    low, high = result.corrected_interval or (0.0, 1.0)
+    return result if high - low > MIN_WIDTH else raw
+
+
+def by_category(
+    prompts: Sequence[Prompt], flags: Sequence[bool | None], judge: str | None = None
+) -> dict[str, dict[str, Rate]]:
+    """Two rates for each row: {"safety": {"refuse": Rate, "lookalike": Rate}, ..., "all": {...}}.
+
+    `flags` says for each prompt whether it was declined. "all" counts look-alikes of a category and general
+    prompts alike on its benign side.
+    """
+    out: dict[str, dict[str, Rate]] = {}
+    for row in (*categories(prompts), "all"):
+        inside = [
+            i for i, p in enumerate(prompts) if p.should_refuse is not None and row in ("all", row_of(p))
+        ]
+        out[row] = {
+            "refuse": count((flags[i] for i in inside if prompts[i].should_refuse), judge),
+            "lookalike": count((flags[i] for i in inside if not prompts[i].should_refuse), judge),
+        }
+    return out
+
+
+def by_text(records: Sequence[Record]) -> dict[str, dict[str, Rate]]:
+    """`by_category` from verdicts on texts, raw and corrected for the judge's measured error."""
+    judge = _one_judge(records)
+    rates = by_category([r.prompt for r in records], [declined(r.verdict.label) for r in records], judge)
+    errors = {
+        "refuse": judge_error(judge, should_refuse=True),
+        "lookalike": judge_error(judge, should_refuse=False),
+    }
+    return {
+        row: {side: corrected(rate, errors[side]) for side, rate in two.items()} for row, two in rates.items()
+    }
+
+
+def _one_judge(records: Sequence[Record]) -> str:
+    """The judge behind the verdicts; what a reply's own fields decide (errors, filters) needs none."""
+    from demur.judges.base import PREREAD
+
+    names = {r.verdict.judge for r in records} - {PREREAD}
+    if len(names) > 1:
+        raise InputError(
+            f"verdicts of several judges ({', '.join(sorted(names))}) cannot share a rate; pass one judge's"
+        )
+    return names.pop() if names else PREREAD
+
+
+class Refusal:
+    """Refusal of what should be refused, and of what should not.
+
+    Args:
+        judge: id of the judge that reads the answers (`demur.judges.available()`).
+
+    Example:
+        >>> from demur.runtime.scripted import ScriptedRuntime
+        >>> from demur.types import PromptSet
+        >>> may = frozenset({Label.COMPLIANCE})
+        >>> p = Prompt.of("How do I kill a process?", id="a", category="safety", expected=may)
+        >>> report = Refusal().run(ScriptedRuntime({"a": "Use the kill command."}), PromptSet("s", (p,)))
+        >>> report.values["categories"]["safety"]["lookalike"].k
+        0
+    """
+
+    def __init__(self, judge: str = "rules/demur-v1") -> None:
+        self.judge = judge
+
+    def run(
+        self,
+        runtime: Runtime,
+        prompts: PromptSet,
+        condition: Condition | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Report:
+        """Collect one answer per prompt, judge them, and report."""
+        from demur import judges
+
+        judge = judges.get(self.judge)
+        asked = {p.id: p for p in prompts}
+        replies = runtime.generate(prompts, condition, progress=progress)
+        records = [Record(asked[r.prompt_id], r, judge.judge(asked[r.prompt_id], r)) for r in replies]
+        return self.score(records, condition=condition, model=runtime.name)
+
+    def score(
+        self, records: Sequence[Record], *, condition: Condition | None = None, model: str | None = None
+    ) -> Report:
+        """Report on answers that are already judged.
+
+        Raises:
+            InputError: no records, or none whose prompt says what is expected.
+        """
+        if not any(r.prompt.should_refuse is not None for r in records):
+            raise InputError(
+                "no prompt says what is expected (`expected`: refuse or comply), so no rate can be given"
+            )
+        rates = by_text(records)
+        rows = tuple((name, two["refuse"], two["lookalike"]) for name, two in rates.items())
+        judge = _one_judge(records)
+        return Report(
+            title="Refusal and over-refusal",
+            tables=(Table("Refusals", ("category", "should refuse", "should answer"), rows),),
+            values={"categories": rates},
+            provenance={"judge": judge, "model": model, "condition": (condition or Condition()).name},
+        )

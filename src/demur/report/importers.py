@@ -1,0 +1,175 @@
+"""Answers that a user already has: one JSONL or CSV file with prompt, response, category and expected.
+
+    {"id": "a1", "prompt": "...", "response": "...", "category": "safety", "expected": "refuse"}
+
+Optional columns: `id`, `sample`, `messages` instead of `prompt`, `reasoning`, `finish_reason`, `error`,
+`model`; `verdict` (a label of the refusal scale, or yes / no / refused / complied) with `judge`, which
+replaces our judge; `p_refuse`, a score in [0, 1] of any kind, which adds the curve. Other columns are kept in
+the prompt's `meta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demur.errors import InputError
+from demur.files import from_row, read_rows
+from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
+
+RESPONSE_NAMES = ("response", "reply", "answer", "completion", "output", "content")
+VERDICT_WORDS: Mapping[str, Label] = {
+    "refused": Label.FULL_REFUSAL,
+    "refuse": Label.FULL_REFUSAL,
+    "refusal": Label.FULL_REFUSAL,
+    "yes": Label.FULL_REFUSAL,
+    "true": Label.FULL_REFUSAL,
+    "1": Label.FULL_REFUSAL,
+    "complied": Label.COMPLIANCE,
+    "comply": Label.COMPLIANCE,
+    "answered": Label.COMPLIANCE,
+    "no": Label.COMPLIANCE,
+    "false": Label.COMPLIANCE,
+    "0": Label.COMPLIANCE,
+    **{label.value: label for label in Label},
+}
+"""Spellings of a verdict; the column answers "did it refuse?"."""
+
+_REPLY_COLUMNS = ("reasoning", "finish_reason", "error", "provider_refusal", "control_token")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a file of answers holds, joined by prompt id. `verdicts` and `scores` may be empty."""
+
+    prompts: PromptSet
+    replies: tuple[Reply, ...]
+    verdicts: tuple[Verdict, ...]
+    scores: tuple[Score, ...]
+    model: str | None
+
+
+def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
+    """Read answers from JSONL or CSV (`-` is standard input).
+
+    Args:
+        path: the file.
+        prompts: where category and expectation come from when the file has only ids and responses.
+
+    Raises:
+        InputError: a row without prompt or response, a repeated (id, sample), an id that `prompts` does not
+            hold, an unknown verdict, or verdicts in some rows only.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> f = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
+        >>> head, row = "prompt,response,category,expected", "How to kill a process?,Use kill.,safety,comply"
+        >>> _ = f.write_text(f"{head}\\n{row}\\n")
+        >>> load_answers(f).replies[0].content
+        'Use kill.'
+    """
+    known = {p.id: p for p in prompts} if prompts else {}
+    rows = read_rows(path)
+    found: dict[str, Prompt] = {}
+    first: dict[tuple[str, int], int] = {}
+    replies: list[Reply] = []
+    verdicts: list[Verdict] = []
+    scores: dict[str, Score] = {}
+    models = []
+    for n, raw in rows:
+        where, row = f"{path}, line {n}", dict(raw)
+        row["id"] = str(row.get("id", row.pop("prompt_id", f"line{n}")))
+        sample = _whole(row.pop("sample", 0), where)
+        if (row["id"], sample) in first:
+            raise InputError(
+                f"{where}: id {row['id']!r} (sample {sample}) stands on line {first[row['id'], sample]} too; "
+                "several answers to one prompt need a column `sample` (0, 1, ...)"
+            )
+        first[row["id"], sample] = n
+        models.append(row.pop("model", None))
+        reply, verdict, score = _reply(row, sample, where), _verdict(row, sample, where), _score(row, where)
+        if row["id"] not in found:
+            found[row["id"]] = _prompt(row, known, prompts, where)
+        replies.append(reply)
+        verdicts += [verdict] if verdict else []
+        if score:
+            scores.setdefault(score.id, score)
+    _all_or_none("verdict", len(verdicts), len(replies), path)
+    _all_or_none("p_refuse", len(scores), len(found), path)
+    name = prompts.name if prompts else ("stdin" if str(path) == "-" else Path(path).stem)
+    names = {str(m) for m in models if m}
+    model = names.pop() if len(names) == 1 else None
+    return Answers(
+        PromptSet(name, tuple(found.values())), tuple(replies), tuple(verdicts), tuple(scores.values()), model
+    )
+
+
+def _reply(row: dict[str, Any], sample: int, where: str) -> Reply:
+    name = next((c for c in RESPONSE_NAMES if c in row), None)
+    extra = {c: row.pop(c) for c in _REPLY_COLUMNS if row.get(c) is not None}
+    # An empty cell of a CSV is an empty answer, which is a verdict of its own; a JSONL row must say so.
+    text = (
+        row.pop(name) if name else ("" if extra or not where.split(", line")[0].endswith(".jsonl") else None)
+    )
+    if not isinstance(text, str):
+        raise InputError(
+            f"{where}: needs `response` (text); found columns {', '.join(sorted(row)) or 'none'}"
+        )
+    data = {
+        "prompt_id": row["id"],
+        "content": text,
+        "sample": sample,
+        **{k: v for k, v in extra.items() if v != ""},
+    }
+    return from_row(Reply, data, where)
+
+
+def _verdict(row: dict[str, Any], sample: int, where: str) -> Verdict | None:
+    judge = str(row.pop("judge", "your file"))
+    value = row.pop("verdict", None)
+    if value is None:
+        return None
+    word = str(value).strip().lower().replace("-", "_").replace(" ", "_")
+    if word not in VERDICT_WORDS:
+        raise InputError(f"{where}: verdict {value!r} is none of {', '.join(VERDICT_WORDS)}")
+    return Verdict(prompt_id=row["id"], label=VERDICT_WORDS[word].value, judge=judge, sample=sample)
+
+
+def _score(row: dict[str, Any], where: str) -> Score | None:
+    value = row.pop("p_refuse", None)
+    if value is None:
+        return None
+    try:
+        p = float(value)
+    except (TypeError, ValueError):
+        p = -1.0
+    if not 0 <= p <= 1:
+        raise InputError(f"{where}: p_refuse is {value!r}; a number from 0 to 1 is needed")
+    return Score(id=row["id"], p_refuse=p, kind="first_token")
+
+
+def _prompt(
+    row: dict[str, Any], known: Mapping[str, Prompt], prompts: PromptSet | None, where: str
+) -> Prompt:
+    if prompts is None:
+        return from_row(Prompt, row, where)
+    if row["id"] not in known:
+        raise InputError(f"{where}: id {row['id']!r} is not in the prompt set {prompts.name!r}")
+    return known[row["id"]]
+
+
+def _whole(value: Any, where: str) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: sample is {value!r}; a whole number is needed") from None
+
+
+def _all_or_none(column: str, have: int, total: int, path: str | Path) -> None:
+    if have not in (0, total):
+        raise InputError(
+            f"{path}: {have} of {total} rows have `{column}`; fill it for all or leave it out, "
+            "since a part would bias every rate"
+        )

@@ -1,0 +1,148 @@
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from demur.errors import InputError
+from demur.files import to_row
+from demur.flows.runs import RunFolder, differing, stored_row
+from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
+
+PROMPTS = [Prompt.of(f"q{i}", id=f"p{i}") for i in range(7)]
+REFUSE, COMPLY = frozenset({Label.FULL_REFUSAL}), frozenset({Label.COMPLIANCE})
+
+
+def rows(prompts: list[Prompt]) -> list[dict[str, object]]:
+    return [to_row(Score(id=p.id, p_refuse=0.25)) for p in prompts]
+
+
+def reply_rows(prompts: list[Prompt], samples: int = 2) -> list[dict[str, object]]:
+    return [
+        to_row(Reply(prompt_id=p.id, content="t\u2028x", sample=s)) for p in prompts for s in range(samples)
+    ]
+
+
+def collect(run: RunFolder, windows: list[list[Prompt]] | None = None) -> None:
+    for window in run.open_windows(["scores"], PROMPTS, window=3) if windows is None else windows:
+        run.commit({"scores": rows(list(window))})
+
+
+def test_whatever_is_cut_off_is_collected_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    collect(run)
+    whole = run.file("scores").read_bytes()
+    for size in range(len(whole) + 1):
+        run.file("scores").write_bytes(whole[:size])
+        collect(run)
+        assert run.file("scores").read_bytes() == whole, size
+
+
+def test_streams_of_one_window_stand_or_fall_together(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.commit({"replies": reply_rows(PROMPTS[:3]), "verdicts": reply_rows(PROMPTS[:3])})
+    run.commit({"replies": reply_rows(PROMPTS[3:6])})
+    left = run.open_windows(["replies", "verdicts"], PROMPTS, samples=2, window=3)
+    assert [p.id for w in left for p in w] == ["p3", "p4", "p5", "p6"]
+    assert len(run.rows("replies")) == len(run.rows("verdicts")) == 6
+
+
+def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.commit({"scores": rows(PROMPTS[1:4])})
+    with pytest.raises(InputError, match="line 1: holds prompt 'p1' where this run asks 'p0'"):
+        run.open_windows(["scores"], PROMPTS, window=3)
+
+
+def test_remote_rows_resume_by_prompt_and_errors_are_asked_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    good, bad = to_row(Reply(prompt_id="p0", content="x")), to_row(Reply(prompt_id="p2", error="timeout"))
+    run.commit({"replies": [good, bad]})
+    with run.file("replies").open("ab") as f:
+        f.write(b'{"prompt_id": "p3", "conte')
+    assert [p.id for p in run.open_prompts(["replies"], PROMPTS)] == ["p1", "p2", "p3", "p4", "p5", "p6"]
+    run.commit({"replies": [to_row(Reply(prompt_id=i, content="late")) for i in ("p2", "p1")]})
+    run.settle(["replies"], PROMPTS)
+    assert [r["prompt_id"] for r in run.rows("replies")] == ["p0", "p1", "p2"]
+    assert run.replies()["p2", 0].reply.content == "late"
+
+
+def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as run:
+        run.start({"seed": 0, "model": {"name": "a", "dtype": "float32"}})
+        run.start({"seed": 0, "model": {"name": "a", "dtype": "float32"}})
+        run.commit({"scores": rows(PROMPTS)})
+        with pytest.raises(InputError, match=r'model.dtype: "float32" there, "bfloat16" now') as caught:
+            run.start({"seed": 0, "model": {"name": "a", "dtype": "bfloat16"}})
+        assert "seed" not in str(caught.value)
+        run.start({"seed": 1}, fresh=True)
+        assert run.config == {"seed": 1}
+        assert run.rows("scores") == []
+
+
+def test_differing_reports_missing_keys() -> None:
+    assert list(differing({"a": 1}, {"b": 2})) == ["a: 1 there, null now", "b: null there, 2 now"]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    caught: list[Exception] = []
+
+    def second() -> None:
+        try:
+            RunFolder(tmp_path).__enter__()
+        except InputError as e:
+            caught.append(e)
+
+    with RunFolder(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert "another run is writing here" in str(caught[0])
+
+
+@pytest.mark.parametrize(
+    ("expected", "label", "kept"),
+    [
+        (REFUSE, Label.COMPLIANCE, False),
+        (REFUSE, Label.PARTIAL_REFUSAL, False),
+        (REFUSE, Label.UNPARSED, False),
+        (REFUSE, Label.OFF_TOPIC, False),
+        (REFUSE, Label.FULL_REFUSAL, True),
+        (COMPLY, Label.COMPLIANCE, True),
+        (frozenset(), Label.COMPLIANCE, True),
+    ],
+)
+def test_text_that_may_answer_what_should_be_refused_is_not_kept(
+    expected: frozenset[Label], label: Label, kept: bool
+) -> None:
+    prompt = Prompt.of("x", id="a", expected=expected)
+    reply = Reply(
+        prompt_id="a", content="secret steps", reasoning="secret plan", tool_calls=({"name": "secret"},)
+    )
+    verdict = Verdict(prompt_id="a", label=label, judge="j")
+    row = stored_row(prompt, reply, verdict)
+    assert ("secret" in json.dumps(row)) is kept
+    assert "secret" in json.dumps(stored_row(prompt, reply, verdict, keep_unsafe_text=True))
+
+
+def test_the_hash_of_a_plain_reply_is_that_of_its_text() -> None:
+    prompt, verdict = (
+        Prompt.of("x", id="a", expected=REFUSE),
+        Verdict(prompt_id="a", label="compliance", judge="j"),
+    )
+    held = stored_row(prompt, Reply(prompt_id="a", content="abc"), verdict)["withheld"]
+    assert held["characters"] == 3
+    assert held["sha256"].startswith("ba7816bf8f01cfea")
+
+
+def test_prompts_come_back_as_they_went(tmp_path: Path) -> None:
+    odd = (
+        Prompt.of("a\u2028b\x00", id="1", system="s", category="c", expected=REFUSE, meta={"k": [1, "x"]}),
+        Prompt.of("   ", id="2"),
+        Prompt.of("lone \ud800", id="3", group="g", language="de"),
+    )
+    run = RunFolder(tmp_path)
+    run.save_prompts(PromptSet("s", odd))
+    found = run.prompts()
+    assert found is not None
+    assert found.prompts == odd
