@@ -43,7 +43,9 @@ class ControlTokens:
 
     def __post_init__(self) -> None:
         if RESPOND not in self.ids or len(self.ids) < 2:
-            raise InputError(f"control tokens need {RESPOND!r} and at least one refuse category, got {list(self.ids)}")
+            raise InputError(
+                f"control tokens need {RESPOND!r} and at least one refuse category, got {list(self.ids)}"
+            )
         if len(set(self.ids.values())) != len(self.ids):
             raise InputError(
                 f"control tokens must have distinct ids, got {dict(self.ids)}; two names on one id make "

@@ -1,0 +1,238 @@
+"""Answers from a local model: transformers' own `generate` over left-padded rows, after the decision."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from demur.errors import DemurError, InputError
+from demur.runtime.forward import Prefix, gap_fits
+from demur.runtime.layers import input_device
+from demur.types import Condition, Prompt, Reply, Score
+
+if TYPE_CHECKING:
+    from demur.runtime.base import Decide
+    from demur.runtime.local import LocalRuntime
+
+WINDOW = 64
+"""Prompts per window of generation: answers come back, and can be stored, after each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One prompt on its way to an answer."""
+
+    prompt: Prompt
+    ids: list[int]
+    score: Score | None = None
+    forced: str | None = None
+    error: str | None = None
+
+
+def window(
+    runtime: LocalRuntime,
+    prompts: Sequence[Prompt],
+    condition: Condition,
+    samples: int,
+    decide: Decide | None,
+    count: Callable[[int], None],
+) -> Iterator[Reply]:
+    """Replies to one window of prompts, samples of a prompt side by side, in input order."""
+    jobs = [_prepare(runtime, p, condition) for p in prompts]
+    jobs = _decided(runtime, jobs, condition, decide)
+    rows = [j for j in jobs if j.error is None]
+    draws = 1 if condition.temperature == 0 else samples
+    ends = _end_ids(runtime)
+
+    def work(batch: list[int], prefix: Prefix | None) -> list[list[list[int]]]:
+        ids = [_with_control(runtime, rows[i]) for i in batch]
+        forced = torch.tensor([rows[i].forced is not None for i in batch])
+        out = []
+        for sample in range(draws):
+            seed = _seed(condition.seed, rows[batch[0]].prompt.id, sample)
+            out.append(_generate(runtime, ids, prefix, condition, forced, ends, seed))
+        count(len(batch))
+        return [list(of_row) for of_row in zip(*out, strict=True)]
+
+    texts = iter(
+        runtime.batched(
+            [_with_control(runtime, j) for j in rows],
+            work,
+            extra=condition.max_new_tokens,
+            share=gap_fits(runtime.model),
+        )
+    )
+    for job in jobs:
+        if job.error is not None:
+            count(1)
+        outputs = [] if job.error is not None else next(texts)
+        for sample in range(samples):
+            yield _reply(runtime, job, condition, sample, outputs[sample % draws] if outputs else [], ends)
+
+
+def _prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> _Job:
+    try:
+        ids = runtime.chat.render(prompt.with_system(condition.system)).ids
+        runtime.check_fits(prompt, ids, condition.max_new_tokens)
+    except DemurError as e:
+        return _Job(prompt, [], error=str(e))
+    return _Job(prompt, ids)
+
+
+def _decided(
+    runtime: LocalRuntime, jobs: list[_Job], condition: Condition, decide: Decide | None
+) -> list[_Job]:
+    """Jobs with their first-position score and the control category that the rule puts in front."""
+    if runtime.control is None or (decide is None and runtime.chat.thinks):
+        return jobs
+    if runtime.chat.thinks:
+        runtime.chat.require_decision()
+    T = float(getattr(decide, "T", 1.0))
+    rows = [(j.prompt, j.ids) for j in jobs if j.error is None]
+    scores = iter(runtime.score_rows(rows, condition, T))
+    out = []
+    for job in jobs:
+        if job.error is None:
+            score = next(scores)
+            forced = decide(job.prompt, score) if decide is not None else None
+            if forced is not None and forced not in runtime.control.ids:
+                raise InputError(
+                    f"the decision rule named {forced!r}; {runtime.name!r} has "
+                    + ", ".join(runtime.control.names)
+                )
+            job = replace(job, score=score, forced=forced)
+        out.append(job)
+    return out
+
+
+def _with_control(runtime: LocalRuntime, job: _Job) -> list[int]:
+    if job.forced is None or runtime.control is None:
+        return job.ids
+    return [*job.ids, runtime.control.ids[job.forced]]
+
+
+class _ControlOnlyFirst(LogitsProcessor):
+    """Control tokens may open an answer that was not decided, and stand nowhere else."""
+
+    def __init__(self, ids: Sequence[int], forced_B: Tensor, start: int) -> None:
+        self.ids, self.forced_B, self.start = list(ids), forced_B, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self.start:
+            closed = torch.ones_like(self.forced_B)
+        else:
+            closed = self.forced_B
+        scores = scores.clone()
+        part = scores[:, self.ids]
+        scores[:, self.ids] = part.masked_fill(closed[:, None].to(scores.device), -math.inf)
+        return scores
+
+
+def _generate(
+    runtime: LocalRuntime,
+    rows: list[list[int]],
+    prefix: Prefix | None,
+    condition: Condition,
+    forced: Tensor,
+    ends: list[int],
+    seed: int,
+) -> list[list[int]]:
+    """New token ids of each row, cut behind the first end token.
+
+    Padding stands on the left; with a shared prefix, between the prefix and the rest of each row.
+    transformers counts positions over the mask, so no position is skipped either way.
+    """
+    model = runtime.model
+    longest, head = max(map(len, rows)), prefix.length if prefix else 0
+    device = input_device(model)
+    gaps = [[0] * (longest - len(r)) for r in rows]
+    ids_BT = torch.tensor(
+        [[*r[:head], *g, *r[head:]] for r, g in zip(rows, gaps, strict=True)], device=device
+    )
+    mask_BT = torch.tensor([[*[1] * head, *g, *[1] * (longest - head - len(g))] for g in gaps], device=device)
+    shared = {"past_key_values": prefix.expanded(len(rows))} if prefix else {}
+    config = GenerationConfig(
+        max_new_tokens=condition.max_new_tokens,
+        do_sample=condition.temperature > 0,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **(
+            {"temperature": condition.temperature, "top_p": condition.top_p, "top_k": 0}
+            if condition.temperature
+            else {}
+        ),
+    )
+    control = list(runtime.control.ids.values()) if runtime.control else []
+    processors = LogitsProcessorList([_ControlOnlyFirst(control, forced, longest)] if control else [])
+    with _own_settings(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out_BT = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            generation_config=config,
+            logits_processor=processors,
+            **shared,
+        )
+    return [_until_end(row, ends) for row in out_BT[:, longest:].tolist()]
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Hide the checkpoint's sampling settings, which transformers would otherwise mix into ours."""
+    theirs = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    at = next((k for k, i in enumerate(ids) if i in ends), None)
+    return ids if at is None else ids[: at + 1]
+
+
+def _end_ids(runtime: LocalRuntime) -> list[int]:
+    given = getattr(runtime.model.generation_config, "eos_token_id", None)
+    ids = list(given) if isinstance(given, (list, tuple)) else [given]
+    return list(dict.fromkeys(int(i) for i in [*ids, runtime.tokenizer.eos_token_id] if i is not None))
+
+
+def _seed(seed: int, prompt_id: str, sample: int) -> int:
+    """A stream of its own for each batch and sample, so that rerunning a batch gives the same text."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{prompt_id}|{sample}".encode()).digest()[:7], "big")
+
+
+def _reply(
+    runtime: LocalRuntime, job: _Job, condition: Condition, sample: int, ids: list[int], ends: Sequence[int]
+) -> Reply:
+    reply = Reply(prompt_id=job.prompt.id, condition=condition.name, sample=sample)
+    if job.error is not None:
+        return replace(reply, error=job.error, finish_reason="error")
+    stopped = bool(ids) and ids[-1] in ends
+    body = ids[:-1] if stopped else ids
+    category = job.forced
+    if runtime.control is not None and job.forced is None and body:
+        category = next((c for c, i in runtime.control.ids.items() if i == body[0]), None)
+        body = body[1:] if category else body
+    content, reasoning = runtime.chat.split(body)
+    log = {c: math.log(p) for c, p in job.score.probabilities.items() if p > 0} if job.score else {}
+    return replace(
+        reply,
+        content=content,
+        reasoning=reasoning,
+        finish_reason="stop" if stopped else "length",
+        logprobs=log,
+        control_token=category,
+        control_forced=job.forced is not None,
+        prompt_tokens=len(job.ids),
+        completion_tokens=len(ids) + (job.forced is not None),
+    )

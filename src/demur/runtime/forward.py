@@ -1,0 +1,182 @@
+"""Forward passes over right-padded rows that compute no more than was asked for.
+
+Rows are padded on the right without a mask: decoder attention is causal, so what stands behind a row's end
+cannot reach it. The unembedding runs on one position a row, blocks behind the last one that is read are not
+run, and a prefix that all rows share is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from demur.errors import CapabilityError
+from demur.runtime.layers import first_tensor, hooked, input_device
+from demur.types import Site
+
+PREFIX_FLOOR = 8
+"""Shared tokens below which one more pass and a cache cost more than they save."""
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this file
+    """Raised by a hook once everything asked for has been read."""
+
+
+class SiteReader:
+    """Hooks that keep the asked rows of the asked blocks, and nothing else.
+
+    Args:
+        layers, projections: modules to hook (`projections` only where a site has part "heads").
+        sites: what to read. The hooks must be installed after any edits, so that they see edited states.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], projections: Sequence[nn.Module], sites: Sequence[Site]
+    ) -> None:
+        self.layers, self.projections, self.sites = layers, projections, sites
+        self.last = layers[max(s.layer for s in sites)]
+        self._where: Tensor = torch.empty(0)
+        self._kept: list[Tensor | None] = []
+
+    def start(self, positions_BS: Tensor) -> None:
+        """Set the token index of each site in each row of the next pass, counted behind the shared prefix."""
+        self._where, self._kept = positions_BS, [None] * len(self.sites)
+
+    def result(self) -> Tensor:
+        """What the pass left: (B, S, width), float32 on the CPU."""
+        kept = [t for t in self._kept if t is not None]
+        return torch.stack([t.float().cpu() for t in kept], dim=1)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hook each module that a site names, once."""
+        with ExitStack() as stack:
+            for part, modules in (("block", self.layers), ("heads", self.projections)):
+                for k in sorted({s.layer for s in self.sites if s.part == part}):
+                    mine = [i for i, s in enumerate(self.sites) if (s.layer, s.part) == (k, part)]
+                    stack.enter_context(hooked(self._hook(modules[k], mine, part == "heads")))
+            yield
+
+    def _hook(self, module: nn.Module, mine: list[int], before: bool) -> Any:
+        def keep(h_BTD: Tensor) -> None:
+            if not self._kept:
+                return
+            where = self._where[:, mine].to(h_BTD.device)
+            rows = torch.arange(len(where), device=h_BTD.device)[:, None]
+            for i, column in zip(mine, h_BTD[rows, where].unbind(1), strict=True):
+                self._kept[i] = column
+
+        if before:
+            return module.register_forward_pre_hook(lambda _m, args: keep(args[0]))
+        return module.register_forward_hook(lambda _m, _a, output: keep(first_tensor(output)))
+
+
+@contextmanager
+def _stopping_after(module: nn.Module | None) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    with hooked(*([] if module is None else [module.register_forward_hook(stop)])):
+        yield
+
+
+@contextmanager
+def _unembedding_at(model: Any, rows_B: Tensor) -> Iterator[None]:
+    """Let the unembedding see one position of each row: works alike for every architecture and release."""
+
+    def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        h_BTD = args[0]
+        where = rows_B.to(h_BTD.device)
+        return (h_BTD[torch.arange(len(where), device=h_BTD.device), where][:, None], *args[1:])
+
+    with hooked(model.get_output_embeddings().register_forward_pre_hook(take)):
+        yield
+
+
+def run(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    stop: nn.Module | None = None,
+    cache: DynamicCache | None = None,
+) -> Tensor | None:
+    """One pass over rows of token ids.
+
+    Args:
+        model: a Hugging Face causal model with its edits installed.
+        rows: token ids, any lengths of at least 1.
+        stop: leave after this module; then nothing is returned.
+        cache: keys and values of what comes before every row; it is used up.
+
+    Returns:
+        Next-token logits at the end of each row, (B, V) in the model's dtype, or None with `stop`.
+    """
+    longest = max(map(len, rows))
+    device = input_device(model)
+    tokens_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    ends_B = torch.tensor([len(row) - 1 for row in rows], device=device)
+    with ExitStack() as stack:
+        stack.enter_context(_stopping_after(stop))
+        if stop is None:
+            stack.enter_context(_unembedding_at(model, ends_B))
+        try:
+            out = model(input_ids=tokens_BT, past_key_values=cache, use_cache=cache is not None)
+        except _Stop:
+            return None
+    logits: Tensor = out.logits
+    if logits.shape[:2] != (len(rows), 1):
+        raise CapabilityError(
+            f"{type(model).__name__} does not compute its logits through its unembedding module (got shape "
+            f"{tuple(logits.shape)}), so first-position probabilities cannot be read from it"
+        )
+    return logits[:, 0]
+
+
+class Prefix:
+    """The keys and values of a token prefix, computed once and copied into a fresh cache for each batch.
+
+    A cache is changed by the pass that uses it, so the object itself is never handed to the model.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[int], stop: nn.Module | None) -> None:
+        self.model, self.length = model, len(ids)
+        self._cache = DynamicCache(config=model.config)
+        run(model, [ids], stop=stop, cache=self._cache)
+
+    def expanded(self, batch: int) -> DynamicCache:
+        """A fresh cache with the prefix in every row."""
+        fresh = DynamicCache(config=self.model.config)
+        for old, new in zip(self._cache.layers, fresh.layers, strict=True):
+            if old.keys is not None and old.values is not None:
+                new.update(
+                    old.keys.expand(batch, *old.keys.shape[1:]),
+                    old.values.expand(batch, *old.values.shape[1:]),
+                )
+        return fresh
+
+
+def gap_fits(model: Any) -> bool:
+    """Whether padding may stand behind a shared prefix: not where a sliding window counts it as distance."""
+    try:
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+
+
+def prefix_fits(model: Any, length: int) -> bool:
+    """Whether a prefix of `length` tokens can be copied: plain attention, inside any sliding window."""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return bool(layers) and all(
+        type(layer) is DynamicLayer
+        or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
+        for layer in layers
+    )
