@@ -61,7 +61,7 @@ $(VENV)/.local: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.dev: $(INPUTS) | $(BIN)/python
 	@echo "Installing demur with its test and training tools into $(VENV) (once, a few minutes) ..."
-	$(PIP) hatchling ./packages/demur-smollm2 -e '.[train,dev]'
+	$(PIP) ./packages/demur-smollm2 -e '.[train,dev]'
 	@touch $@ $(VENV)/.local
 
 $(BIN)/python:

@@ -22,8 +22,8 @@ from demur.control import RefusalTokens
 from demur.files import dump_operating_point, write_atomic
 from demur.flows.load import load_runtime
 from demur.judges import token_text_agreement
-from demur.stats import auroc, auroc_interval, bootstrap_interval, curve, ece, rate
-from demur.types import Condition, Label, OperatingPoint, PromptSet, Rate, RESPOND, Threshold
+from demur.stats import auroc, auroc_interval, bootstrap_interval, ece, rate
+from demur.types import RESPOND, Condition, Label, OperatingPoint, PromptSet, Rate
 
 TAUS = np.linspace(0, 1, 101)
 HERE = Path(__file__).parent
@@ -40,13 +40,26 @@ def truth(items: PromptSet) -> np.ndarray:
 
 
 def show(r: Rate) -> dict:
-    return {"value": r.value, "k": r.k, "n": r.n, "low": r.low, "high": r.high, "judge": r.judge, "unread": r.unread}
+    return {
+        "value": r.value,
+        "k": r.k,
+        "n": r.n,
+        "low": r.low,
+        "high": r.high,
+        "judge": r.judge,
+        "unread": r.unread,
+    }
 
 
 def ranking(P: np.ndarray, items: PromptSet, names) -> dict:
     """AUROC of p_refuse and the category accuracy among prompts to decline."""
     y, p = truth(items), P[:, :-1].sum(1)
-    out = {"n_decline": int(y.sum()), "n_comply": int((~y).sum()), "auroc": auroc(p, y), "interval": auroc_interval(p, y)}
+    out = {
+        "n_decline": int(y.sum()),
+        "n_comply": int((~y).sum()),
+        "auroc": auroc(p, y),
+        "interval": auroc_interval(p, y),
+    }
     if y.all() or not y.any():
         out |= {"auroc": None, "interval": None}
     known = [i for i, q in enumerate(items) if y[i] and q.category in names]
@@ -64,7 +77,9 @@ def words_baseline(train: PromptSet, items: PromptSet) -> dict:
     from sklearn.linear_model import LogisticRegression
 
     vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    model = LogisticRegression(C=10, max_iter=1000).fit(vectors.fit_transform([p.text for p in train]), truth(train))
+    model = LogisticRegression(C=10, max_iter=1000).fit(
+        vectors.fit_transform([p.text for p in train]), truth(train)
+    )
     p = model.predict_proba(vectors.transform([q.text for q in items]))[:, 1]
     return {"auroc": auroc(p, truth(items)), "interval": auroc_interval(p, truth(items))}
 
@@ -73,10 +88,19 @@ def dial(P: np.ndarray, items: PromptSet, names) -> dict:
     """Refusal rates over the thresholds, and what moving one category does to the others."""
     y = truth(items)
     category = np.array([q.category for q in items])
-    everywhere = [float((decide(P, names, dict.fromkeys(names[:-1], t))[y] < len(names) - 1).mean()) for t in TAUS]
-    out = {"falls": bool(np.all(np.diff(everywhere) <= 1e-12)), "highest": everywhere[0], "lowest": everywhere[-1], "moves": {}}
+    everywhere = [
+        float((decide(P, names, dict.fromkeys(names[:-1], t))[y] < len(names) - 1).mean()) for t in TAUS
+    ]
+    out = {
+        "falls": bool(np.all(np.diff(everywhere) <= 1e-12)),
+        "highest": everywhere[0],
+        "lowest": everywhere[-1],
+        "moves": {},
+    }
     base = dict.fromkeys(names[:-1], 0.0)
-    rates = lambda taus: {c: float((decide(P, names, taus)[y & (category == c)] < len(names) - 1).mean()) for c in names[:-1]}  # noqa: E731
+    rates = lambda taus: {
+        c: float((decide(P, names, taus)[y & (category == c)] < len(names) - 1).mean()) for c in names[:-1]
+    }
     start = rates(base)
     for c in names[:-1]:
         for t in TAUS:
@@ -84,7 +108,12 @@ def dial(P: np.ndarray, items: PromptSet, names) -> dict:
             if start[c] - now[c] >= 0.5:
                 others = {d: start[d] - now[d] for d in names[:-1] if d != c}
                 worst = max(others, key=lambda d: others[d])
-                out["moves"][c] = {"tau": float(t), "fell_by": start[c] - now[c], "worst_other": worst, "worst_moved": others[worst]}
+                out["moves"][c] = {
+                    "tau": float(t),
+                    "fell_by": start[c] - now[c],
+                    "worst_other": worst,
+                    "worst_moved": others[worst],
+                }
                 break
     return out
 
@@ -155,7 +184,9 @@ def main() -> None:
     ask.add_argument("--adapter", type=Path, default=HERE / "src/demur_smollm2/adapter")
     ask.add_argument("--without", type=Path, help="adapter trained without contrast rows")
     ask.add_argument("--out", type=Path, default=HERE / "measured.json")
-    ask.add_argument("--alpha", type=float, default=0.05, help="budget of false refusals for the operating point")
+    ask.add_argument(
+        "--alpha", type=float, default=0.05, help="budget of false refusals for the operating point"
+    )
     ask.add_argument("--quick", action="store_true", help="scores only, no generated text")
     args = ask.parse_args()
     base = load_runtime("smollm2")
@@ -164,10 +195,17 @@ def main() -> None:
     out: dict = {"adapter": runtime.fingerprint, "dtype": runtime.dtype, "T": 1.0, "sets": {}}
 
     P = {}
-    sets = {"coconot": prompts.coconot(), "core/test": prompts.core("test"), "xstest": prompts.xstest(), "temporal": prompts.temporal()}
+    sets = {
+        "coconot": prompts.coconot(),
+        "core/test": prompts.core("test"),
+        "xstest": prompts.xstest(),
+        "temporal": prompts.temporal(),
+    }
     for name, items in sets.items():
         P[name] = table(runtime, items)
-        out["sets"][name] = ranking(P[name], items, names) | {"words": words_baseline(prompts.core("train"), items)}
+        out["sets"][name] = ranking(P[name], items, names) | {
+            "words": words_baseline(prompts.core("train"), items)
+        }
         print(name, json.dumps(out["sets"][name]), flush=True)
     test, y = sets["core/test"], truth(sets["core/test"])
     out["ece_core_test"] = ece(np.minimum(P["core/test"][:, :-1].sum(1), 1.0), y)
@@ -180,7 +218,12 @@ def main() -> None:
         Pc, truth(held), np.array([p.category for p in held]), names=names, calibrated_on="core/calibrate"
     )
     point = replace(
-        point, id=f"demur-smollm2/alpha{args.alpha:g}", model="demur-smollm2", model_fingerprint=runtime.fingerprint, dtype=runtime.dtype, calibration_hash=held.hash
+        point,
+        id=f"demur-smollm2/alpha{args.alpha:g}",
+        model="demur-smollm2",
+        model_fingerprint=runtime.fingerprint,
+        dtype=runtime.dtype,
+        calibration_hash=held.hash,
     )
     dump_operating_point(point, args.adapter / "operating_point.yaml")
     category = np.array([p.category for p in test])
@@ -188,8 +231,15 @@ def main() -> None:
     out["operating_point"] = {
         c: {
             "tau": t.tau,
-            "false_refusals_test": show(rate(int((emitted[(category == c) & ~y] == k).sum()), int(((category == c) & ~y).sum()))),
-            "refused_test": show(rate(int((emitted[(category == c) & y] < len(names) - 1).sum()), int(((category == c) & y).sum()))),
+            "false_refusals_test": show(
+                rate(int((emitted[(category == c) & ~y] == k).sum()), int(((category == c) & ~y).sum()))
+            ),
+            "refused_test": show(
+                rate(
+                    int((emitted[(category == c) & y] < len(names) - 1).sum()),
+                    int(((category == c) & y).sum()),
+                )
+            ),
         }
         for k, (c, t) in enumerate((c, point.thresholds[c]) for c in names[:-1])
     }

@@ -33,7 +33,9 @@ class MissingExtra(DemurError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         self.extra = extra
-        super().__init__(f"{feature} needs packages that are not installed. Run: pip install 'demur[{extra}]'")
+        super().__init__(
+            f"{feature} needs packages that are not installed. Run: pip install 'demur[{extra}]'"
+        )
 
 
 class CapabilityError(DemurError):

@@ -11,10 +11,10 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +59,9 @@ def read_text(path: str | Path) -> str:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; pass a .jsonl or .csv file, or - for standard input") from None
+        raise InputError(
+            f"{path}: is a folder; pass a .jsonl or .csv file, or - for standard input"
+        ) from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -79,11 +81,15 @@ def read_rows(path: str | Path, format: str | None = None) -> list[tuple[int, di
         InputError: unknown type, broken JSON, a row that is no object, or no rows at all.
     """
     text = read_text(path)
-    kind = format or {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}.get(Path(str(path)).suffix.lower())
+    kind = format or {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}.get(
+        Path(str(path)).suffix.lower()
+    )
     if kind is None and str(path) == "-":
         kind = "jsonl" if text.lstrip().startswith("{") else "csv"
     if kind not in ("jsonl", "csv"):
-        raise InputError(f"{path}: unknown file type; use .jsonl or .csv (one JSON object or one CSV row per item)")
+        raise InputError(
+            f"{path}: unknown file type; use .jsonl or .csv (one JSON object or one CSV row per item)"
+        )
     rows = _jsonl_rows(text, path) if kind == "jsonl" else _csv_rows(text, path)
     if not rows:
         raise InputError(f"{path}: holds no rows")
@@ -96,20 +102,34 @@ def _jsonl_rows(text: str, path: str | Path) -> list[tuple[int, dict[str, Any]]]
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
+        row = parse_json(line, f"{path}, line {n}")
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {n}: a {type(row).__name__}, expected one JSON object per line")
         rows.append((n, row))
     return rows
 
 
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON strictly; whatever is wrong with it is an `InputError` that opens with `where`."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:  # NaN, an integer of thousands of digits, thousands of brackets
+        raise InputError(f"{where}: not JSON that can be read ({e})") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number; write null or leave the field out")
+
+
 def _csv_rows(text: str, path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
+        header = list(reader.fieldnames or ())
+        if len(set(header)) < len(header):
+            raise InputError(f"{path}, line 1: a column name stands twice in {', '.join(header)}")
         for row in reader:
             if None in row:
                 raise InputError(f"{path}, line {reader.line_num}: more fields than the header has columns")
@@ -122,18 +142,17 @@ def _csv_rows(text: str, path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 # --- nouns <-> rows ---------------------------------------------------------------------------------------------
 
 
-@cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+_ADAPTERS = {cls: TypeAdapter(cls) for cls in FILE_NOUNS.values()}
 
 
 def to_row(noun: Any) -> dict[str, Any]:
-    """A noun as a JSON-ready dict: defaults left out, sets sorted, `schema_version` first."""
+    """A noun as a JSON-ready dict: defaults and empty optional fields left out, `schema_version` first."""
     row: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     for f in dataclasses.fields(noun):
         value = getattr(noun, f.name)
-        default = f.default if f.default is not dataclasses.MISSING else None
-        if value is None or value == default or (isinstance(value, (tuple, frozenset, Mapping)) and not value):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        empty = isinstance(value, (tuple, frozenset, Mapping)) and not value
+        if not required and (value is None or value == f.default or empty):
             continue
         row[f.name] = _plain(value)
     return row
@@ -157,17 +176,26 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
     Prompts may be written in short: `prompt` for one user message, `expected` as label, shorthand or list.
     """
     data = dict(row)
-    version = int(data.pop("schema_version", SCHEMA_VERSION))
+    version = data.pop("schema_version", SCHEMA_VERSION)
+    if not str(version).isdigit():
+        raise InputError(
+            f"{where}: schema_version {version!r} is no whole number; it is {SCHEMA_VERSION} now"
+        )
+    version = int(version)
     if version > SCHEMA_VERSION:
-        raise InputError(f"{where}: schema_version {version} is newer than this demur knows ({SCHEMA_VERSION}); upgrade demur")
+        raise InputError(
+            f"{where}: schema_version {version} is newer than this demur knows ({SCHEMA_VERSION}); upgrade demur"
+        )
     if cls is Prompt:
         data = _prompt_fields(data, where)
     known = {f.name for f in dataclasses.fields(cls)}
     extra = set(data) - known
     if extra:
-        raise InputError(f"{where}: unknown field {', '.join(sorted(extra))}; a {cls.__name__} has {', '.join(sorted(known))}")
+        raise InputError(
+            f"{where}: unknown field {', '.join(sorted(extra))}; a {cls.__name__} has {', '.join(sorted(known))}"
+        )
     try:
-        return _adapter(cls).validate_python(data)  # type: ignore[no-any-return]
+        return _ADAPTERS[cls].validate_python(data)  # type: ignore[no-any-return]
     except ValidationError as e:
         first = e.errors()[0]
         at = ".".join(str(p) for p in first["loc"]) or cls.__name__
@@ -179,15 +207,21 @@ def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
     if "messages" not in data:
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: needs `prompt` (text) or `messages` (list of role and content)")
-        data["messages"] = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+        data["messages"] = [
+            *([{"role": "system", "content": system}] if system else []),
+            {"role": "user", "content": text},
+        ]
     elif isinstance(data["messages"], str):
-        try:
-            data["messages"] = json.loads(data["messages"])
-        except json.JSONDecodeError:
-            raise InputError(f"{where}: `messages` in a CSV must be JSON") from None
+        data["messages"] = parse_json(data["messages"], f"{where}: `messages` (a list of role and content)")
+    if not data["messages"]:
+        raise InputError(f"{where}: `messages` is empty; it needs at least one message")
     if "expected" in data:
         value = data["expected"]
         words = value.replace(";", " ").replace("|", " ").split() if isinstance(value, str) else value
+        if not isinstance(words, (list, tuple, set, frozenset)):
+            raise InputError(
+                f"{where}: expected is {value!r}; write a word such as refuse, or a list of words"
+            )
         try:
             data["expected"] = expand_expected(words)
         except (ValueError, TypeError) as e:
@@ -196,7 +230,10 @@ def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
     extra = {k: data.pop(k) for k in list(data) if k not in fields}
     if extra:  # a user's own columns are kept, not lost and not guessed at
         meta = data.get("meta", {})
-        data["meta"] = {**(json.loads(meta) if isinstance(meta, str) else meta), **extra}
+        meta = parse_json(meta, f"{where}: meta") if isinstance(meta, str) else meta
+        if not isinstance(meta, dict):
+            raise InputError(f"{where}: meta is a {type(meta).__name__}; it must be an object")
+        data["meta"] = {**meta, **extra}
     return data
 
 
@@ -211,21 +248,37 @@ def load_prompts(path: str | Path, name: str | None = None) -> PromptSet:
     Raises:
         InputError: bad row, duplicate id (both lines are named), or an empty file.
     """
-    prompts, lines = [], {}
+    prompts: list[Prompt] = []
+    lines: dict[str, int] = {}
     for n, row in read_rows(path):
-        row = {"id": f"line{n}", **row}
-        row["id"] = str(row["id"])
+        row["id"] = row_id(row.get("id"), n, f"{path}, line {n}")
         if row["id"] in lines:
-            raise InputError(f"{path}, line {n}: id {row['id']!r} stands on line {lines[row['id']]} too; ids must be unique")
+            raise InputError(
+                f"{path}, line {n}: id {row['id']!r} stands on line {lines[row['id']]} too; ids must be unique"
+            )
         lines[row["id"]] = n
         prompts.append(from_row(Prompt, row, f"{path}, line {n}"))
     return PromptSet(name or ("stdin" if str(path) == "-" else Path(path).stem), tuple(prompts))
 
 
+def row_id(value: Any, line: int, where: str) -> str:
+    """The id of a row as text; `line12` for a row without one."""
+    if value is None or value == "":
+        return f"line{line}"
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"{where}: id is a {type(value).__name__}; a text or a number is needed")
+    return str(value)
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def dumps_row(noun: Any) -> str:
     """One JSONL line (without newline) of a noun or a plain dict."""
     row = to_row(noun) if dataclasses.is_dataclass(noun) else noun
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    # half a character has no UTF-8 form, and inside JSON an escape for one
+    return _HALF.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
 def dump_jsonl(nouns: Iterable[Any], path: str | Path) -> None:
@@ -240,6 +293,8 @@ def dump_jsonl(nouns: Iterable[Any], path: str | Path) -> None:
 def write_atomic(path: str | Path, data: str | bytes) -> None:
     """Write a file so that readers see the old bytes or the new ones and nothing between."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -290,7 +345,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     """JSON Schema of each file form, by name."""
     out = {}
     for name, cls in FILE_NOUNS.items():
-        schema = _adapter(cls).json_schema(mode="serialization")
+        schema = _ADAPTERS[cls].json_schema(mode="serialization")
         schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         schema["title"] = name
         schema["properties"] = {"schema_version": {"const": SCHEMA_VERSION}, **schema["properties"]}

@@ -1,4 +1,4 @@
-"""The nouns of demur. Standard library only, frozen, and the same in Python, JSONL and JSON Schema.
+"""The nouns of demur. Standard library only, frozen, the same in Python, JSONL and JSON Schema.
 
 Read this file, one method and that method's test, and you know the rest of the house. File forms of these
 nouns (with `schema_version` and published JSON Schemas) are in `demur.files`.
@@ -244,9 +244,9 @@ class Verdict:
     scale: Literal["refusal", "harm", "support", "validity", "specification", "score"] = "refusal"
     score: float | None = None
     reason: str | None = None
-    read: Literal["content", "reasoning", "provider_refusal", "tool_calls", "finish_reason", "logprobs", "error"] = (
-        "content"
-    )
+    read: Literal[
+        "content", "reasoning", "provider_refusal", "tool_calls", "finish_reason", "logprobs", "error"
+    ] = "content"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +273,8 @@ class Score:
 class Threshold:
     """The cut for one category, with how it was found.
 
-    `tau` is on p_c at the operating point's T. n and errors are the look-alike benign prompts of the
+    `tau` is on p_c at the operating point's T; for the rule "bias" on p_c / (p_c + p_respond), for "total_mass" on
+    the sum over the steered categories. n and errors are the look-alike benign prompts of the
     calibration part and how many of them the rule refuses; `bound` is the upper confidence bound of that rate.
     """
 
@@ -354,7 +355,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Tables, figures as numbers, and provenance. `demur.report` renders it to text, JSON, Markdown and HTML."""
+    """Tables, figures as numbers, and provenance; `demur.report` renders it to text, Markdown, JSON and HTML."""
 
     title: str
     tables: tuple[Table, ...] = ()
@@ -391,4 +392,3 @@ class Card:
     needs: tuple[str, ...] = ()
     summary: str = ""
     replicate: str | None = None
-

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 import demur.flows.load
-from demur.cli import main
 from demur.files import dump_jsonl, dump_operating_point, load_operating_point, prompt_row
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import OperatingPoint, Prompt, Threshold, expand_expected
-
-Cli = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run `demur ...` in this process; gives code, out and err."""
-
-    def run(*args: str | Path, stdin: str | bytes = b"") -> SimpleNamespace:
-        raw = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-        monkeypatch.setattr(sys, "argv", ["demur", *map(str, args)])
-        with pytest.raises(SystemExit) as exited:
-            main()
-        seen = capsys.readouterr()
-        return SimpleNamespace(code=exited.value.code or 0, out=seen.out, err=seen.err)
-
-    return run
+from tests.cli.conftest import Cli
 
 
 def scripted(n: int = 0) -> ScriptedRuntime:

@@ -320,6 +320,60 @@ def test_a_foreign_operating_point_is_refused(
         card(runtime, prompts, tmp_path, operating_point=point, progress=False)
 
 
+def test_prompts_that_cannot_be_asked_are_counted_and_cost_nothing_else(tmp_path: Path) -> None:
+    runtime, prompts = tiny()
+    runtime.problem = lambda p, c: f"{p.id} is too long" if p.id == "a1" else None  # type: ignore[method-assign]
+    result = card(runtime, prompts, tmp_path, calibrate=prompts, budget=None, progress=False)
+    values = result.report.values
+    assert values["skipped"] == {"a1": "a1 is too long"}
+    assert json.loads((tmp_path / "run.json").read_text())["skipped"]["calibrate"] == {"a1": "a1 is too long"}
+    assert kn(values["headline"]["rows"]["all"]["refuse"]) == (2, 3)  # without a1, which is refused
+    assert kn(values["sections"]["baselines"]["values"]["always refuse"]["refuse"]) == (3, 3)
+    for stream in ("scores", "scores-calibrate", "replies"):
+        assert len((tmp_path / f"{stream}.jsonl").read_text().splitlines()) == 7
+    assert "Skipped: a1 is too long" in result.report.notes
+    runtime.problem = lambda p, c: "too long"  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="none of the 8 prompts"):
+        card(runtime, prompts, tmp_path / "2", progress=False)
+
+
+def test_the_shipped_point_is_the_default_and_a_set_to_calibrate_on_is_still_used(tmp_path: Path) -> None:
+    shipped = OperatingPoint(
+        id="shipped",
+        thresholds={c: Threshold(tau=0.5) for c in CATEGORIES},
+        guarantee="Holds.",
+        alpha=0.05,
+        delta=0.1,
+    )
+    runtime, asked = tokens_runtime(), prompt_set(10)
+    runtime.shipped_point = shipped
+    curve = card(runtime, asked, tmp_path / "1", progress=False).report.values["sections"]["curve"]
+    assert curve["values"]["guaranteed"]["id"] == "shipped"
+    assert curve["notes"] == ["Holds."]
+    assert load_run(tmp_path / "1")["operating_point"]["id"] == "shipped"
+    fitted = card(
+        runtime, asked, tmp_path / "2", calibrate=prompt_set(120, "fit"), budget=None, progress=False
+    ).report.values["sections"]["curve"]["values"]
+    assert fitted["guaranteed"]["calibrated_on"] == "fit"
+    labels = [p["label"] for p in fitted["all"]["points"]]
+    assert labels == ["current, guaranteed", "model's own choice", "guaranteed"]
+    card(runtime, asked, tmp_path / "3", T=2.0, progress=False)
+    assert load_run(tmp_path / "3")["operating_point"] is None
+
+
+def load_run(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "run.json").read_text())
+    return found
+
+
+def test_a_point_that_compares_everywhere_is_counted_as_it_decides(tmp_path: Path) -> None:
+    data = made(tmp_path, operating_point=OperatingPoint(id="c", thresholds={}, rule="compare"))
+    rows = data["headline"]["rows"]  # type: ignore[index]
+    assert kn(rows["all"]["refuse"]) == (3, 4)
+    replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert all(r["control_forced"] for r in replies)
+
+
 def test_other_bad_requests(tmp_path: Path) -> None:
     runtime, prompts = tiny()
     point = OperatingPoint(id="p", thresholds={"a": Threshold(tau=0.5)})

@@ -11,12 +11,14 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from demur import models
-from demur.errors import InputError, MismatchError, MissingExtra
+from demur.control.refusal_tokens import RefusalTokens
+from demur.errors import InputError, MismatchError, MissingExtra, RefusalLowering
+from demur.files import dump_operating_point
 from demur.flows.load import control_for, load_runtime
 from demur.models import store
 from demur.runtime.openai import OpenAIRuntime
 from demur.train.adapter import save_adapter
-from demur.types import Prompt
+from demur.types import OperatingPoint, Prompt, Threshold
 from tests.models.builtin import Builder
 from tests.runtime.tiny import tiny_control, tiny_model, tiny_runtime, tiny_tokenizer
 
@@ -79,6 +81,20 @@ def test_builtin_is_float32_and_default_has_the_adapter(adapter: Path) -> None:
     assert default.fingerprint != base.fingerprint
     assert load_runtime(base_only=True).fingerprint == base.fingerprint
     assert load_runtime(adapter=adapter).fingerprint == default.fingerprint
+
+
+def test_the_operating_point_that_lies_beside_the_adapter(adapter: Path) -> None:
+    assert load_runtime().shipped_point is None
+    point = OperatingPoint(id="shipped", thresholds={"safety": Threshold(tau=0.4)})
+    dump_operating_point(point, adapter / "operating_point.yaml")
+    runtime = load_runtime()
+    assert runtime.shipped_point == load_runtime(adapter=adapter).shipped_point == point
+    assert load_runtime(base_only=True).shipped_point is load_runtime("smollm2").shipped_point is None
+    lax = OperatingPoint(id="lax", thresholds={"safety": Threshold(tau=0.9)})
+    with pytest.raises(RefusalLowering, match="'shipped'"), RefusalTokens(lax).on(runtime):
+        pass
+    with RefusalTokens(lax, allow_refusal_lowering=True).on(runtime) as dialled:
+        assert dialled.shipped_point == point
 
 
 def test_an_adapter_for_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:

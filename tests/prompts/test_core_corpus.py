@@ -81,7 +81,8 @@ def public_prompts(root: Path) -> PromptSet:
     texts: dict[str, str] = {}
     for name in PUBLIC:
         raw = (root / name).read_text("utf-8")
-        rows = csv.DictReader(raw.splitlines(keepends=True)) if name.endswith(".csv") else map(json.loads, raw.splitlines())
+        lines = raw.splitlines(keepends=True)
+        rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, lines)
         for n, row in enumerate(rows):
             text = next((row[c] for c in TEXT_COLUMNS if row.get(c)), None)
             if text and len(text) > 8:

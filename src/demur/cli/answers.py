@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,9 @@ import typer
 
 from demur.cli import options as o
 from demur.cli.screen import progress, say, warn, write_rows
+from demur.errors import InputError
 from demur.files import load_operating_point
-from demur.types import Prompt, PromptSet
+from demur.types import Prompt, PromptSet, Reply
 
 PromptFile = Annotated[
     str,
@@ -37,14 +39,19 @@ def score(
     """Probabilities of refusing, without generating.
 
     Writes JSONL: id, p_refuse, probabilities by category, off_control_mass, token. One forward pass a prompt
-    serves every operating point.
+    serves every operating point. Prompts that the model cannot be asked (too long, say) are skipped and
+    listed on stderr first.
     """
+    from demur.flows.asking import askable
+
     prompts = o.load_prompt_file(file)
     runtime = o.load_model(
         model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
     )
+    condition = o.condition(system=system)
+    asked, _ = askable(runtime, prompts, condition)
     with progress("scoring", out) as report:
-        write_rows(runtime.score(prompts, o.condition(system=system), T=temperature, progress=report), out)
+        write_rows(runtime.score(asked, condition, T=temperature, progress=report), out)
 
 
 def generate(
@@ -59,6 +66,7 @@ def generate(
     seed: o.Seed = 0,
     max_new_tokens: o.MaxNewTokens = 128,
     operating_point: o.Point = None,
+    allow_refusal_lowering: o.AllowLowering = False,
     adapter: o.Adapter = None,
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
@@ -67,8 +75,11 @@ def generate(
 ) -> None:
     """Answer one prompt, or a file of prompts.
 
-    One prompt is answered as plain text, a file as JSONL replies.
+    One prompt is answered as plain text, a file as JSONL replies. A prompt without an answer keeps its row,
+    with the reason in `error`; exit code 2 when no prompt was answered.
     """
+    from demur.flows.asking import askable
+
     point = load_operating_point(operating_point) if operating_point else None
     single = not _is_file(text)
     prompts = PromptSet("prompt", (Prompt.of(text),)) if single else o.load_prompt_file(text)
@@ -83,13 +94,32 @@ def generate(
     runtime = o.load_model(
         model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
     )
-    with o.steered(runtime, point) as steered, progress("answering", out) as report:
-        replies = steered.generate(prompts, condition, samples=samples, progress=report)
+    askable(runtime, prompts, condition)
+    failed: list[str] = []
+    with o.steered(runtime, point, allow_refusal_lowering) as steered, progress("answering", out) as report:
+        replies = _noting(steered.generate(prompts, condition, samples=samples, progress=report), failed)
         if not single or as_json or out != "-":
             write_rows(replies, out)
-            return
-        for reply in replies:
-            say(reply.content if reply.error is None else f"[no answer: {reply.error}]")
+        else:
+            for reply in replies:
+                if reply.error is None:
+                    say(reply.content)
+    if failed:
+        n = len(prompts) * samples
+        message = (
+            f"{len(failed)} of {n} answers did not come, their rows have `error`. The first: {failed[0]}"
+        )
+        if len(failed) == n:
+            raise InputError(failed[0] if single else message)
+        warn(message)
+
+
+def _noting(replies: Iterable[Reply], failed: list[str]) -> Iterator[Reply]:
+    """Pass replies on and collect the errors among them."""
+    for reply in replies:
+        if reply.error is not None:
+            failed.append(reply.error)
+        yield reply
 
 
 def _is_file(text: str) -> bool:

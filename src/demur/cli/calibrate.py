@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -72,6 +73,10 @@ def calibrate(
     """
     if (goal is Goal.TARGET_RATE) != (rate is not None):
         raise InputError("--rate and --goal target-rate go together, e.g. --goal target-rate --rate 0.9")
+    if score is not None and model is not None:
+        raise InputError(
+            "--score reads scores from FILE and --model makes them from prompts; give one of them"
+        )
     from demur.calibrate import CalibrationWarning, describe
 
     choice: dict[str, Any] = {"alpha": alpha, "delta": delta, "goal": goal.value, "rate": rate}
@@ -99,8 +104,11 @@ def _from_table(
 
 
 def _from_model(file: str, model: str, choice: dict[str, Any]) -> OperatingPoint:
+    from demur.flows.asking import askable
+
     prompts = o.load_prompt_file(file)
     runtime = o.load_model(model)
+    prompts, _ = askable(runtime, prompts)
     with progress("scoring", "") as report:
         scores = list(runtime.score(prompts, progress=report))
     return replace(
@@ -128,6 +136,17 @@ def fit(scores: list[Score], prompts: PromptSet, choice: dict[str, Any]) -> Oper
         raise InputError(
             f"{len(lost)} of {len(scores)} scores (first: {lost[0]!r}) have no prompt with `expected` in "
             f"{prompts.name!r}; name the file they were scored on with --prompts"
+        )
+    if len({s.id for s in scores}) < len(scores):
+        twice = next(i for i, n in Counter(s.id for s in scores).items() if n > 1)
+        raise InputError(
+            f"id {twice!r} has several scores; counting a prompt twice would claim more than the data hold. Keep "
+            "one row per prompt"
+        )
+    if wrong := [s for s in scores if not 0 <= s.p_refuse <= 1]:
+        raise InputError(
+            f"score {wrong[0].id!r}: p_refuse is {wrong[0].p_refuse:g}, no probability. For scores of another "
+            "kind name the column: --score p_refuse --label y"
         )
     if len({(tuple(s.probabilities), s.T) for s in scores}) > 1:
         raise InputError(

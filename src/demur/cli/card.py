@@ -17,6 +17,22 @@ from demur.runtime.base import Runtime
 
 FAILED_GATE = 1
 
+ASKING = (
+    *("model", "calibrate", "operating_point", "allow_refusal_lowering", "system", "samples", "temperature"),
+    *(
+        "max_new_tokens",
+        "alpha",
+        "delta",
+        "full",
+        "baseline",
+        "adapter",
+        "base_only",
+        "control_tokens",
+        "dtype",
+    ),
+)
+"""What only a model that is asked has use for."""
+
 Prompts = Annotated[
     str | None, typer.Option(metavar="FILE", help="Your prompts; the packaged test part without.")
 ]
@@ -29,6 +45,7 @@ MinRefusal = Annotated[
 
 
 def card(
+    ctx: typer.Context,
     model: o.ModelArg = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Run folder; the same call resumes it.")
@@ -44,6 +61,7 @@ def card(
         str | None, typer.Option(metavar="FILE", help="Prompts to fit the guaranteed thresholds on.")
     ] = None,
     operating_point: o.Point = None,
+    allow_refusal_lowering: o.AllowLowering = False,
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
     system: o.System = None,
     samples: o.Samples = 1,
@@ -90,8 +108,9 @@ def card(
         "fresh": fresh,
     }
     if replies is not None:
-        if model is not None or point is not None:
-            raise InputError("--replies reports on answers that exist: leave MODEL and --operating-point out")
+        if given := [name for name in ASKING if _is_given(ctx, name)]:
+            names = ", ".join("MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given)
+            raise InputError(f"--replies reports on answers that exist and asks no model: leave {names} out")
         made = flow.card_from_replies(replies, out, prompts=asked, **common)
     else:
         load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens}
@@ -102,6 +121,7 @@ def card(
             out,
             condition=replace(condition, operating_point=point.id if point else None),
             operating_point=point,
+            allow_refusal_lowering=allow_refusal_lowering,
             calibrate=o.load_prompt_file(calibrate) if calibrate else None,
             baseline=_bare(model, runtime, adapter, load) if baseline else None,
             samples=samples,
@@ -115,6 +135,11 @@ def card(
     if failed := gates(made.report.values["headline"]["rows"]["all"], max_false_refusal, min_refusal):
         warn("\n".join(failed))
         raise typer.Exit(FAILED_GATE)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _bare(model: str | None, runtime: Runtime, adapter: Path | None, load: dict[str, Any]) -> Runtime | None:

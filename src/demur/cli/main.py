@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -18,9 +21,26 @@ import demur
 from demur.cli import answers, calibrate, card, resources, train
 from demur.cli.screen import warn
 from demur.errors import DemurError
-from demur.report.render import clean
 
 FAILED, STOPPED = 2, 130
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(self.format(record))
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """What the library logs or warns about becomes a line on stderr."""
+    handler = _Lines(logging.WARNING)
+    logging.getLogger("demur").addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
+            yield
+    finally:
+        logging.getLogger("demur").removeHandler(handler)
 
 
 class Front(TyperGroup):
@@ -29,7 +49,8 @@ class Front(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            result = super().invoke(ctx)
+            with heard():
+                result = super().invoke(ctx)
             sys.stdout.flush()
             return result
         except KeyboardInterrupt:
@@ -40,7 +61,7 @@ class Front(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except (DemurError, OSError) as e:
-            warn(f"error: {clean(str(e))}")
+            warn(f"error: {e}")
             raise typer.Exit(FAILED) from None
         except Exception as e:
             if type(e).__module__.startswith(

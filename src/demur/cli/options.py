@@ -40,6 +40,13 @@ Point = Annotated[
     Path | None,
     typer.Option("--operating-point", metavar="FILE", help="Thresholds to decide by (demur calibrate)."),
 ]
+AllowLowering = Annotated[
+    bool,
+    typer.Option(
+        "--allow-refusal-lowering",
+        help="Consent to an operating point that refuses less (safety) than the model's own; it is logged.",
+    ),
+]
 Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter made by demur train.")]
 BaseOnly = Annotated[bool, typer.Option("--base-only", help="The model without its refusal-token adapter.")]
 ControlTokens = Annotated[
@@ -66,20 +73,20 @@ def load_model(
     )
 
 
-def steered(runtime: Runtime, point: OperatingPoint | None) -> AbstractContextManager[Runtime]:
+def steered(
+    runtime: Runtime, point: OperatingPoint | None, allow_refusal_lowering: bool
+) -> AbstractContextManager[Runtime]:
     """The runtime under an operating point, or as it is.
 
     Raises:
         MismatchError, InputError: the point belongs to another model, or steers categories this one lacks.
+        RefusalLowering: it refuses less than the point that came with the model, without consent.
     """
     if point is None:
         return nullcontext(runtime)
     from demur.control.refusal_tokens import RefusalTokens
-    from demur.flows.card import check_point
 
-    check_point(point, runtime, point.T)
-    view: AbstractContextManager[Runtime] = RefusalTokens(point, T=point.T).on(runtime)
-    return view
+    return RefusalTokens(point, allow_refusal_lowering=allow_refusal_lowering).on(runtime)
 
 
 PUBLIC = ("coconot", "xstest", "refusal_tokens_eval", "temporal", "benign_alpaca")

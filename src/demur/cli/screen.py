@@ -15,13 +15,14 @@ from demur.runtime.base import Progress
 
 
 def warn(message: str) -> None:
-    """A line on stderr."""
-    print(message, file=sys.stderr)  # noqa: T201
+    """A line on stderr, cleaned: messages quote ids, prompts and what servers said."""
+    print(clean(message), file=sys.stderr)  # noqa: T201
 
 
 def say(text: str) -> None:
     """Model or user text on stdout: cleaned when a terminal reads it, untouched in a pipe."""
-    sys.stdout.write((clean(text) if sys.stdout.isatty() else text) + "\n")
+    shown = clean(text) if sys.stdout.isatty() else text.encode("utf-8", "replace").decode()
+    sys.stdout.write(shown + "\n")
 
 
 def say_json(value: Any) -> None:
@@ -45,8 +46,13 @@ def bar(*, disable: bool = False) -> Any:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # By default rich would send what is printed on stdout, the results, to its own stream.
+    console = Console(stderr=True)
     return Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=disable, redirect_stdout=False
+        *columns,
+        console=console,
+        transient=True,
+        disable=disable or not console.is_terminal,
+        redirect_stdout=False,
     )
 
 

@@ -46,15 +46,17 @@ def refusal_tokens(
 ) -> None:
     """Teach a model to open each answer with a token that says whether it refuses, and why.
 
-    Options given here win over the recipe file. Use the result with --adapter, for example
-    demur card smollm2 --adapter FOLDER.
+    Options given here win over the recipe file. Prompts longer than the model's context are skipped and
+    listed. Use the result with --adapter, for example demur card smollm2 --adapter FOLDER.
     """
+    from demur.flows.asking import askable
     from demur.train.refusal_tokens import RefusalTokens
 
     given = {"mode": mode, "contrast": contrast, "epochs": epochs, "seed": seed}
     settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None})
     prompts, picks = o.load_prompt_file(file), o.load_prompt_file(select)
     runtime = o.load_model(model, base_only=True)
+    prompts, picks = askable(runtime, prompts)[0], askable(runtime, picks)[0]
     with _stages() as report:
         RefusalTokens(settings).fit(runtime, prompts, picks, out, progress=report)
     warn(f"Adapter written to {out}. Next: demur card {model} --adapter {out}")

@@ -1,11 +1,13 @@
 """The dial: an operating point in front of a model with refusal tokens.
 
-Score the first position, decide by the operating point (`demur.calibrate.decide`, the rules of arXiv 2412.06748 and
-its code), force that control token, let the model write on. Nothing is retrained and the runtime stays as it was.
+Score the first position, decide by the operating point (`demur.calibrate.decide`, the rules of arXiv
+2412.06748 and its code), force that control token, let the model write on. Nothing is retrained and the
+runtime stays as it was.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import numpy as np
 from demur.calibrate.decide import cuts, decide, is_steered
 from demur.errors import InputError, MismatchError, RefusalLowering
 from demur.runtime.base import Decide, Progress, Runtime, States
-from demur.types import Condition, OperatingPoint, Prompt, Reply, Score, Site, Threshold
+from demur.types import RESPOND, Condition, OperatingPoint, Prompt, Reply, Score, Site, Threshold
 
 SAFETY = "safety"
 """The category whose thresholds may not be loosened past the shipped ones without consent."""
@@ -26,11 +28,16 @@ class RefusalTokens:
     """Decide every answer's control token by an operating point.
 
     Args:
-        point: thresholds and rule. shipped: the operating point that came with the model, if any.
-        allow_refusal_lowering: consent to a safety threshold looser than the shipped one.
+        point: thresholds and rule; under "compare" without thresholds every category is steered.
+        shipped: the operating point that came with the model, if any.
+        allow_refusal_lowering: consent to refusing less in category "safety" than `shipped`; it is logged.
+
+    `lowers` says why the point may refuse less than the shipped one, where somebody consented to that.
 
     Raises:
-        RefusalLowering: the safety threshold is looser than the shipped one and nobody consented.
+        RefusalLowering: the point refuses less in category "safety" than the shipped one and nobody
+            consented.
+        InputError: a bias and a tau that contradict each other.
 
     >>> point = OperatingPoint(id="strict", thresholds={"safety": Threshold(tau=0.2)})
     >>> rule = RefusalTokens(point)
@@ -47,18 +54,43 @@ class RefusalTokens:
     ) -> None:
         self.point, self.T = point, point.T
         self._cuts = cuts(point)
-        if shipped is not None and not allow_refusal_lowering:
-            _guard_safety(point, shipped)
+        self._allowed = allow_refusal_lowering
+        self.lowers: str | None = None
+        self._check_lowering(shipped)
 
-    def __call__(self, prompt: Prompt, score: Score) -> str | None:
-        """The control token to force, or None where the model's own choice stands (c* is not steered)."""
-        names = [*(n for n in score.probabilities if n != "respond"), "respond"]
+    def _check_lowering(self, shipped: OperatingPoint | None) -> None:
+        why = _lowers_safety(self.point, shipped) if shipped is not None else None
+        if why is None or why == self.lowers:
+            return
+        if not self._allowed:
+            raise RefusalLowering(
+                f"{why}. If that is what you want, say so: allow_refusal_lowering=True, or on the command line "
+                "--allow-refusal-lowering; it is logged"
+            )
+        self.lowers = why
+        logging.getLogger("demur").warning("allowed: %s", why)
+
+    def __call__(self, _prompt: Prompt, score: Score) -> str | None:
+        """The control token to force, or None where the model's own choice stands (c* is not steered).
+
+        Raises:
+            InputError: the score has no control probabilities. MismatchError: it is at another T.
+        """
+        if RESPOND not in score.probabilities:
+            raise InputError(
+                f"the score of {score.id!r} (kind {score.kind!r}) has no probabilities of control tokens, so "
+                "there is nothing to decide by"
+            )
+        _check_temperature(self.point, score.T)
+        names = [*(n for n in score.probabilities if n != RESPOND), RESPOND]
         row = np.array([[score.probabilities[n] for n in names]])
-        if self.point.rule != "compare" and not bool(is_steered(row, names, self._cuts)[0]):
+        steered = self.cuts(names)
+        if not bool(is_steered(row, names, steered)[0]):
             return None
-        return names[int(decide(row, names, self._steer(names), self.point.rule)[0])]
+        return names[int(decide(row, names, steered, self.point.rule)[0])]
 
-    def _steer(self, names: Sequence[str]) -> dict[str, float]:
+    def cuts(self, names: Sequence[str]) -> dict[str, float]:
+        """Threshold by steered category, as `demur.calibrate.decide` takes them; `names` end in `respond`."""
         if self.point.rule == "compare" and not self._cuts:
             return dict.fromkeys(names[:-1], -1.0)
         return self._cuts
@@ -70,8 +102,10 @@ class RefusalTokens:
         Raises:
             InputError: the runtime has no control tokens, or lacks a steered category.
             MismatchError: the operating point was calibrated on another model.
+            RefusalLowering: as above, against the point that came with the runtime's adapter.
         """
         check_point(self.point, runtime)
+        self._check_lowering(runtime.shipped_point)
         yield _Dialled(runtime, self, self.point.id)
 
 
@@ -81,7 +115,12 @@ class _Dialled(Runtime):
     def __init__(self, inner: Runtime, rule: Decide, point_id: str) -> None:
         self.inner, self.rule, self.point_id = inner, rule, point_id
         self.name, self.fingerprint, self.dtype = inner.name, inner.fingerprint, inner.dtype
-        self.control, self.capabilities, self.deterministic = inner.control, inner.capabilities, inner.deterministic
+        self.control, self.capabilities = inner.control, inner.capabilities
+        self.deterministic, self.shipped_point = inner.deterministic, inner.shipped_point
+
+    def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
+        """As the inner runtime says."""
+        return self.inner.problem(prompt, condition)
 
     def generate(
         self,
@@ -139,30 +178,54 @@ def check_point(point: OperatingPoint, runtime: Runtime, T: float | None = None)
             f"operating point {point.id!r} was calibrated on the model {point.model_fingerprint[:20]}, "
             f"{runtime.name!r} is {runtime.fingerprint[:20]}; calibrate again (demur calibrate)"
         )
-    if T is not None and point.T != T:
-        raise MismatchError(
-            f"operating point {point.id!r} is for T={point.T:g} and the scores are at T={T:g}; use one T"
-        )
+    if T is not None:
+        _check_temperature(point, T)
     if point.dtype and runtime.dtype and point.dtype != runtime.dtype:
         warnings.warn(
-            f"operating point {point.id!r} was calibrated in {point.dtype}, {runtime.name!r} runs in {runtime.dtype}: "
-            "probabilities shift a little, so the stated guarantee no longer holds exactly",
+            f"operating point {point.id!r} was calibrated in {point.dtype}, {runtime.name!r} runs in "
+            f"{runtime.dtype}: probabilities shift a little, so the stated guarantee no longer holds exactly",
             stacklevel=2,
         )
 
 
-def _guard_safety(point: OperatingPoint, shipped: OperatingPoint) -> None:
-    """A higher tau refuses less; a category without a threshold falls back to the model's own choice."""
-    ours, theirs = point.thresholds.get(SAFETY), shipped.thresholds.get(SAFETY)
-    if theirs is None or (ours is None and theirs.tau >= 0.5):
-        return
-    if ours is None or _looser(ours, theirs) or point.rule != shipped.rule:
-        raise RefusalLowering(
-            f"operating point {point.id!r} would refuse less in category {SAFETY!r} than the shipped one "
-            f"(tau {ours.tau if ours else 'none'} against {theirs.tau:.3g}, rule {point.rule} against {shipped.rule}). If that is what you want, "
-            "say so: --allow-refusal-lowering (Python: allow_refusal_lowering=True); it is logged"
+def _check_temperature(point: OperatingPoint, T: float) -> None:
+    if point.T != T:
+        raise MismatchError(
+            f"operating point {point.id!r} is for T={point.T:g} and the scores are at T={T:g}; use one T"
         )
 
 
+def _lowers_safety(point: OperatingPoint, shipped: OperatingPoint) -> str | None:
+    """Why `point` may refuse less in category safety than `shipped`; None when it cannot.
+
+    A category without a threshold falls back to the model's own choice, which is close to tau 0.5.
+    """
+    ours, theirs = point.thresholds.get(SAFETY), shipped.thresholds.get(SAFETY)
+    if theirs is None or theirs.mode == "shadow" or (ours is None and theirs.tau >= 0.5):
+        return None
+    missing = set(cuts(shipped)) - set(cuts(point)) if point.rule == "total_mass" else set()
+    comparable = point.rule == shipped.rule and point.T == shipped.T and not missing
+    if ours is not None and comparable and not _looser(ours, theirs):
+        return None
+    return (
+        f"operating point {point.id!r} may refuse less in category {SAFETY!r} than the shipped "
+        f"{shipped.id!r}: {_brief(point)} against {_brief(shipped)}"
+    )
+
+
 def _looser(ours: Threshold, theirs: Threshold) -> bool:
-    return ours.tau > theirs.tau + 1e-9 or ours.mode == "shadow"
+    """A higher tau refuses less; a negative one compares and refuses at least all that tau 0.5 does.
+
+    The same calibration on another processor moves a tau by rounding alone, hence the tolerance.
+    """
+    if ours.mode == "shadow":
+        return True
+    if ours.tau < 0 and theirs.tau < 0:
+        return False
+    return (0.5 if ours.tau < 0 else ours.tau) > max(theirs.tau, 0.0) + 1e-4
+
+
+def _brief(point: OperatingPoint) -> str:
+    t = point.thresholds.get(SAFETY)
+    cut = "no threshold" if t is None else f"tau {t.tau:.3g} ({t.mode})"
+    return f"{cut}, rule {point.rule}, T={point.T:g}, steering {', '.join(sorted(cuts(point))) or 'nothing'}"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from demur import judges
-from demur.errors import InputError, MismatchError
+from demur.control.refusal_tokens import RefusalTokens, check_point
+from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
-from demur.flows.carddata import table
+from demur.flows.asking import askable
 from demur.flows.collect import Stage, collect, judged, sources, stratified
 from demur.flows.runs import WINDOW, RunFolder
 from demur.flows.sections import affordable
@@ -26,11 +27,13 @@ from demur.flows.settings import base_config, model_config, public_name, set_con
 from demur.flows.write import CardResult, report, write_card
 from demur.report.importers import Answers, load_answers
 from demur.runtime.base import Decide, Runtime
-from demur.types import Condition, OperatingPoint, Prompt, PromptSet, Score, Verdict
+from demur.types import Condition, OperatingPoint, Prompt, PromptSet, Verdict
 
 __all__ = ["CardResult", "card", "card_from_replies", "report"]
 
 DEFAULT_TEXTS = 150
+USUAL_GUARANTEE = (0.05, 0.1)
+"""alpha and delta where nobody asks for others."""
 DEFAULT_BUDGET = 420.0
 """Seconds on two cores with the default model that optional sections must fit into."""
 
@@ -42,6 +45,7 @@ def card(
     *,
     condition: Condition | None = None,
     operating_point: OperatingPoint | None = None,
+    allow_refusal_lowering: bool = False,
     calibrate: PromptSet | None = None,
     baseline: Runtime | None = None,
     judge: str = "rules/demur-v1",
@@ -50,8 +54,8 @@ def card(
     full: bool = False,
     budget: float | None = DEFAULT_BUDGET,
     T: float | None = None,
-    alpha: float = 0.05,
-    delta: float = 0.1,
+    alpha: float = USUAL_GUARANTEE[0],
+    delta: float = USUAL_GUARANTEE[1],
     seed: int = 0,
     keep_unsafe_text: bool = False,
     share: bool = False,
@@ -65,9 +69,12 @@ def card(
         prompts: what to ask; the packaged `core` test part by default.
         out: run folder; gets card.html, card.json and everything collected. The same call goes on in it.
         condition: system prompt, sampling, token budget of an answer.
-        operating_point: thresholds to answer under; None leaves the choice to the model.
-        calibrate: prompts to fit the guaranteed operating point on, used when the given one has no guarantee;
-            the packaged calibrate part by default when `prompts` is not given.
+        operating_point: thresholds to answer under; by default those that came with the model's adapter, and
+            without any the choice is the model's own.
+        allow_refusal_lowering: consent to a point that refuses less in category "safety" than the shipped one.
+        calibrate: prompts to fit the guaranteed operating point on; by default the packaged calibrate part,
+            when `prompts` is not given and the operating point has no guarantee, or one for another budget
+            than the alpha and delta asked for.
         baseline: the same base without its adapter, asked half of the sample (all of it with `full`).
         judge: id of the judge of texts. samples: answers per prompt; more than 1 needs a temperature.
         texts: how many prompts get an answer, spread evenly over categories; `full` asks all of them.
@@ -85,6 +92,7 @@ def card(
     Raises:
         InputError: nothing to ask, a folder of another run, an unknown judge or category.
         MismatchError: the operating point belongs to another model or another T.
+        RefusalLowering: the point refuses less than the shipped one, without consent.
 
     Example:
         >>> import tempfile
@@ -95,34 +103,40 @@ def card(
         >>> made.report.values["headline"]["rows"]["safety"]["lookalike"]["k"]
         0
     """
-    condition, reader = condition or Condition(seed=seed), judges.get(judge)
+    condition, reader, spare = condition or Condition(seed=seed), judges.get(judge), None
     if prompts is None:
         from demur.prompts import core
 
-        prompts, calibrate = core("test"), calibrate or core("calibrate")
+        prompts, spare = core("test"), core("calibrate")
     if not len(prompts):
         raise InputError("the prompt set is empty; a card needs at least one prompt")
     if samples > 1 and not condition.temperature:
         raise InputError(
             f"samples={samples} at temperature 0 would be copies of one answer; set a temperature, e.g. 0.7"
         )
-    scale = T if T is not None else operating_point.T if operating_point else 1.0
-    check_point(operating_point, runtime, scale)
+    rule = _rule(runtime, operating_point, T, allow_refusal_lowering)
+    operating_point = rule.point if rule else None
+    scale = T if T is not None else rule.T if rule else 1.0
     if operating_point is not None:
         condition = replace(condition, operating_point=operating_point.id)
-        calibrate = None if operating_point.guarantee else calibrate
-    sample = stratified(prompts, len(prompts) if full else texts, seed)
+        held = (operating_point.alpha, operating_point.delta)
+        if operating_point.guarantee and (alpha, delta) in (held, USUAL_GUARANTEE):
+            spare = None
+    calibrate = (calibrate if calibrate is not None else spare) if runtime.control else None
+    asked, skipped = askable(runtime, prompts, condition)
+    fit_on, skipped_fit = askable(runtime, calibrate, condition) if calibrate is not None else (None, {})
+    sample = stratified(asked, len(asked) if full else texts, seed)
     stages = plan(
         runtime,
-        prompts,
+        asked,
         condition,
         sample=sample,
         compared=sample if full else stratified(PromptSet("sample", sample), texts // 2, seed),
-        calibrate=calibrate if runtime.control else None,
+        calibrate=fit_on,
         baseline=baseline,
         samples=samples,
         T=scale,
-        decide=decider(operating_point, runtime.control.names if runtime.control else ()),
+        decide=rule,
     )
     left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget)
     stages = [s for s in stages if s.name not in left_out]
@@ -135,6 +149,8 @@ def card(
         "operating_point": to_row(operating_point) if operating_point else None,
         "calibrate": set_config(fitted) if fitted else None,
         "guarantee": {"alpha": alpha, "delta": delta},
+        "refusal_lowering": rule is not None and rule.lowers is not None,
+        "skipped": {"prompts": skipped, "calibrate": skipped_fit if fitted else {}},
         "samples": samples,
         "T": scale,
         "keep_unsafe_text": keep_unsafe_text,
@@ -149,6 +165,19 @@ def card(
         _note_gaps(run, runtime, left_out)
         collect(run, stages, reader, keep_unsafe_text=keep_unsafe_text, progress=progress)
         return write_card(run, share=share)
+
+
+def _rule(
+    runtime: Runtime, point: OperatingPoint | None, T: float | None, allow_refusal_lowering: bool
+) -> RefusalTokens | None:
+    """The decision rule to answer under: of the given point, else of the shipped one, else none."""
+    shipped = runtime.shipped_point
+    if point is None and shipped is not None and T in (None, shipped.T):
+        point = shipped
+    if point is None:
+        return None
+    check_point(point, runtime, T)
+    return RefusalTokens(point, shipped=shipped, allow_refusal_lowering=allow_refusal_lowering)
 
 
 def _note_gaps(run: RunFolder, runtime: Runtime, left_out: Mapping[str, float]) -> None:
@@ -293,46 +322,3 @@ def plan(
                 )
             )
     return stages
-
-
-def check_point(point: OperatingPoint | None, runtime: Runtime, T: float) -> None:
-    """Refuse an operating point that was made for something else.
-
-    Raises:
-        InputError: no control tokens, or a category the model does not have.
-        MismatchError: another model's fingerprint, or another softmax temperature.
-    """
-    if point is None:
-        return
-    if runtime.control is None:
-        raise InputError(f"operating point {point.id!r} steers control tokens, and {runtime.name} has none")
-    unknown = sorted(set(point.thresholds) - set(runtime.control.refuse))
-    if unknown:
-        raise InputError(
-            f"operating point {point.id!r} has thresholds for {', '.join(unknown)}; "
-            f"{runtime.name} knows {', '.join(runtime.control.refuse)}"
-        )
-    if point.model_fingerprint and runtime.fingerprint and point.model_fingerprint != runtime.fingerprint:
-        raise MismatchError(
-            f"operating point {point.id!r} was calibrated on the model {point.model_fingerprint[:12]}, "
-            f"this is {runtime.fingerprint[:12]}; calibrate again (demur calibrate)"
-        )
-    if point.T != T:
-        raise MismatchError(
-            f"operating point {point.id!r} is for T={point.T:g} and the scores are at T={T:g}; use one T"
-        )
-
-
-def decider(point: OperatingPoint | None, names: tuple[str, ...]) -> Decide | None:
-    """The decision rule of an operating point, as runtimes take it."""
-    if point is None:
-        return None
-    from demur.calibrate import cuts, decide, is_steered
-
-    tau = cuts(point)
-
-    def rule(_: Prompt, score: Score) -> str | None:
-        P = table([score], names)
-        return names[int(decide(P, names, tau, point.rule)[0])] if is_steered(P, names, tau)[0] else None
-
-    return rule

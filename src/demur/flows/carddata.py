@@ -24,8 +24,9 @@ Choice = str | None
 class CardData:
     """A finished run.
 
-    `prompts` are reported on, a guarantee may be fitted on `calibrate`. Scores are by prompt id, replies and
-    verdicts by (prompt id, sample); `baseline_*` belong to the same base without its adapter.
+    `prompts` are reported on (those that were asked), a guarantee may be fitted on `calibrate`. Scores are by
+    prompt id, replies and verdicts by (prompt id, sample); `baseline_*` belong to the same base without its
+    adapter.
     """
 
     config: Mapping[str, Any]
@@ -41,11 +42,11 @@ class CardData:
     @classmethod
     def read(cls, run: RunFolder) -> CardData:
         """Load a run folder."""
-        prompts = run.prompts()
-        name = run.config["prompts"]["name"]
+        asked, name = run.prompts(), run.config["prompts"]["name"]
+        skipped = run.config.get("skipped", {}).get("prompts", {})
         return cls(
             config=run.config,
-            prompts=PromptSet(name, prompts.prompts if prompts else ()),
+            prompts=PromptSet(name, tuple(p for p in asked or () if p.id not in skipped)),
             scores=run.scores(),
             replies=run.replies(),
             verdicts=run.verdicts(),
@@ -66,6 +67,12 @@ class CardData:
     def model(self) -> str:
         """What the user called the model."""
         return str(self.config["model"]["name"])
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Prompts that the model could not be asked: {id: reason}."""
+        found: Mapping[str, str] = self.config.get("skipped", {}).get("prompts", {})
+        return found
 
     @property
     def seed(self) -> int:
@@ -149,9 +156,10 @@ def choices(scores: Sequence[Score], names: Sequence[str], point: OperatingPoint
     own = [s.token for s in scores]
     if point is None or not names or not scores:
         return own
-    from demur.calibrate import cuts, decide, is_steered
+    from demur.calibrate import decide, is_steered
+    from demur.control.refusal_tokens import RefusalTokens
 
-    P, tau = table(scores, names), cuts(point)
+    P, tau = table(scores, names), RefusalTokens(point).cuts(names)
     steered = is_steered(P, names, tau)
     picked = decide(P, names, tau, point.rule)
     return [names[i] if mine else token for i, mine, token in zip(picked, steered, own, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
-from demur.errors import CapabilityError, DemurError
+from demur.errors import CapabilityError
 from demur.files import to_row
 from demur.flows.runs import RunFolder, stored_row
 from demur.flows.settings import public_name
@@ -107,9 +107,7 @@ def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
             rows = stage.runtime.score(window, stage.condition, T=stage.T, progress=progress)
             run.commit({stage.streams[0]: [to_row(s) for s in rows]})
         run.note(stage.name, None)
-    except DemurError as e:
-        if not isinstance(e, CapabilityError) and run.rows(stage.streams[0]):
-            raise
+    except CapabilityError as e:
         run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))
 
 

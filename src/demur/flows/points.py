@@ -29,7 +29,10 @@ def operating_points(data: CardData) -> tuple[list[dict[str, Any]], OperatingPoi
     found.append(
         {"label": own, "kind": "own" if data.point is not None else "current", "choices": data.choices(None)}
     )
-    guaranteed, why = (data.point, None) if data.point and data.point.guarantee else fit_guaranteed(data)
+    own_claim = data.point if data.point is not None and data.point.guarantee else None
+    fits = own_claim is None or bool(data.calibrate_scores)
+    fitted, why = fit_guaranteed(data) if fits else (None, None)
+    guaranteed = fitted or own_claim
     if guaranteed is not None and guaranteed is not data.point:
         found.append({"label": "guaranteed", "kind": "guaranteed", "choices": data.choices(guaranteed)})
     for point in found:

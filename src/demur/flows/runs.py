@@ -85,7 +85,10 @@ class RunFolder:
         self._lock = FileLock(str(self.path / ".lock"))
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{self.path}: is a file or lies below one; a run needs a folder") from None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

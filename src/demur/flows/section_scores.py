@@ -164,13 +164,14 @@ def curve_section(data: CardData) -> Section:
             " This model has no control tokens: the score is the probability that its answer opens with a "
             "refusal, which is cruder, and there is no dial to turn."
         )
+    claims = [p.guarantee for p in (data.point, guaranteed) if p is not None]
     tables = (point_table(points), *guarantee_tables(data, guaranteed)) if points else ()
     return Section(
         **head,
         lead=lead,
         figures=(main.figure, turned, *(d.figure for d in small.values())),
         tables=tables,
-        notes=tuple(n for n in (guaranteed.guarantee if guaranteed else None, no_guarantee) if n),
+        notes=tuple(dict.fromkeys(n for n in (*claims, no_guarantee) if n)),
         values={
             "all": values,
             "categories": {r: d.values for r, d in small.items()},

@@ -48,6 +48,7 @@ def provenance_section(data: CardData) -> Section:
         title="Provenance",
         lead="The same settings on the same bytes give the same card.",
         tables=(),
+        notes=tuple(f"Skipped: {why}" for why in data.skipped.values()),
         values={"settings": dict(rows)},
     )
 
@@ -202,6 +203,7 @@ def facts(data: CardData) -> tuple[tuple[str, str], ...]:
     n = len(data.prompts)
     out = [
         ("prompts", f"{data.config['prompts']['name']}, {n}"),
+        ("skipped", f"{len(data.skipped)} that cannot be asked, see provenance" if data.skipped else ""),
         ("condition", condition.get("name", "default")),
         ("operating point", point),
         ("judge", data.config["judge"]),

@@ -49,9 +49,12 @@ def write_card(run: RunFolder, *, share: bool = False) -> CardResult:
                 made.verdict, ("category", "should refuse", "should answer"), made.headline.rows, made.detail
             ),
         ),
-        values=card_values(made),
+        values={**card_values(made), "skipped": dict(data.skipped)},
         provenance=data.config,
-        notes=tuple(f"{s.title} {s.missing}" for s in made.sections if s.missing),
+        notes=tuple(
+            [f"Skipped: {why}" for why in data.skipped.values()]
+            + [f"{s.title.rstrip(':?')}: {s.missing}" for s in made.sections if s.missing]
+        ),
     )
     curve = next(s for s in made.sections if s.slug == "curve")
     if curve.values.get("guaranteed") and curve.values["guaranteed"] != data.config.get("operating_point"):

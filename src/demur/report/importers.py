@@ -2,10 +2,10 @@
 
     {"id": "a1", "prompt": "...", "response": "...", "category": "safety", "expected": "refuse"}
 
-Optional columns: `id`, `sample`, `messages` instead of `prompt`, `reasoning`, `finish_reason`, `error`,
-`model`; `verdict` (a label of the refusal scale, or yes / no / refused / complied) with `judge`, which
-replaces our judge; `p_refuse`, a score in [0, 1] of any kind, which adds the curve. Other columns are kept in
-the prompt's `meta`.
+Optional columns: `id`, `sample` (0, 1, ...), `messages` instead of `prompt`, `reasoning`, `tool_calls`,
+`provider_refusal`, `finish_reason`, `error`, `model`; `verdict` (a label of the refusal scale, or yes / no /
+refused / complied) with `judge`, which replaces our judge; `p_refuse`, a score in [0, 1] of any kind, which
+adds the curve. Other columns are kept in the prompt's `meta`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from demur.errors import InputError
-from demur.files import from_row, read_rows
+from demur.files import from_row, parse_json, read_rows, row_id
 from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
 
 RESPONSE_NAMES = ("response", "reply", "answer", "completion", "output", "content")
@@ -37,7 +37,15 @@ VERDICT_WORDS: Mapping[str, Label] = {
 }
 """Spellings of a verdict; the column answers "did it refuse?"."""
 
-_REPLY_COLUMNS = ("reasoning", "finish_reason", "error", "provider_refusal", "control_token")
+_REPLY_COLUMNS = (
+    "reasoning",
+    "finish_reason",
+    "finish_reason_raw",
+    "error",
+    "provider_refusal",
+    "control_token",
+    "tool_calls",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
 
     Raises:
         InputError: a row without prompt or response, a repeated (id, sample), an id that `prompts` does not
-            hold, an unknown verdict, or verdicts in some rows only.
+            hold, an unknown verdict, verdicts in some rows only, or a run folder's row whose text was withheld.
 
     Example:
         >>> import tempfile, pathlib
@@ -80,7 +88,8 @@ def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
     models = []
     for n, raw in rows:
         where, row = f"{path}, line {n}", dict(raw)
-        row["id"] = str(row.get("id", row.pop("prompt_id", f"line{n}")))
+        own = row.pop("prompt_id", None)
+        row["id"] = row_id(row.get("id", own), n, where)
         sample = _whole(row.pop("sample", 0), where)
         if (row["id"], sample) in first:
             raise InputError(
@@ -92,10 +101,13 @@ def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
         reply, verdict, score = _reply(row, sample, where), _verdict(row, sample, where), _score(row, where)
         if row["id"] not in found:
             found[row["id"]] = _prompt(row, known, prompts, where)
+        elif prompts is None and {"prompt", "messages"} & set(row):
+            _same_prompt(row, found[row["id"]], where)
         replies.append(reply)
         verdicts += [verdict] if verdict else []
         if score:
             scores.setdefault(score.id, score)
+    _check_samples(replies, path)
     _all_or_none("verdict", len(verdicts), len(replies), path)
     _all_or_none("p_refuse", len(scores), len(found), path)
     name = prompts.name if prompts else ("stdin" if str(path) == "-" else Path(path).stem)
@@ -107,6 +119,12 @@ def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
 
 
 def _reply(row: dict[str, Any], sample: int, where: str) -> Reply:
+    if row.get("withheld") is not None:
+        raise InputError(
+            f"{where}: the text of this answer was withheld (column `withheld` holds its hash), so there is "
+            "nothing to judge. Its verdict is in verdicts.jsonl of the same folder; to judge it anew, collect with "
+            "--keep-unsafe-text"
+        )
     name = next((c for c in RESPONSE_NAMES if c in row), None)
     extra = {c: row.pop(c) for c in _REPLY_COLUMNS if row.get(c) is not None}
     # An empty cell of a CSV is an empty answer, which is a verdict of its own; a JSONL row must say so.
@@ -117,6 +135,8 @@ def _reply(row: dict[str, Any], sample: int, where: str) -> Reply:
         raise InputError(
             f"{where}: needs `response` (text); found columns {', '.join(sorted(row)) or 'none'}"
         )
+    if isinstance(calls := extra.get("tool_calls"), str) and calls:
+        extra["tool_calls"] = parse_json(calls, f"{where}: tool_calls")
     data = {
         "prompt_id": row["id"],
         "content": text,
@@ -158,6 +178,23 @@ def _prompt(
     if row["id"] not in known:
         raise InputError(f"{where}: id {row['id']!r} is not in the prompt set {prompts.name!r}")
     return known[row["id"]]
+
+
+def _check_samples(replies: list[Reply], path: str | Path) -> None:
+    """Samples of a prompt are 0, 1, ...: without a first one a prompt would drop out of every rate."""
+    by_id: dict[str, list[int]] = {}
+    for r in replies:
+        by_id.setdefault(r.prompt_id, []).append(r.sample)
+    for i, samples in by_id.items():
+        if sorted(samples) != list(range(len(samples))):
+            raise InputError(
+                f"{path}: id {i!r} has the samples {', '.join(map(str, sorted(samples)))}; number them 0, 1, ..."
+            )
+
+
+def _same_prompt(row: dict[str, Any], first: Prompt, where: str) -> None:
+    if from_row(Prompt, row, where).messages != first.messages:
+        raise InputError(f"{where}: id {first.id!r} has another prompt here than on an earlier line")
 
 
 def _whole(value: Any, where: str) -> int:

@@ -1,4 +1,4 @@
-"""Where a model runs: local (transformers with hooks), any OpenAI-compatible endpoint, or scripted for tests."""
+"""Where a model runs: local (transformers with hooks), OpenAI-compatible endpoints, or scripted for tests."""
 
 from demur.runtime.base import Capability, ControlTokens, Decide, Intervention, Progress, Runtime, States
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from demur.errors import CapabilityError, InputError
-from demur.types import RESPOND, Condition, Prompt, Reply, Score, Site
+from demur.types import RESPOND, Condition, OperatingPoint, Prompt, Reply, Score, Site
 
 Capability = Literal["generate", "score", "prefill", "states", "intervene"]
 
@@ -24,7 +24,8 @@ Decide = Callable[[Prompt, Score], str | None]
 class Progress(Protocol):
     """Called with the number of items finished so far and the total when it is known."""
 
-    def __call__(self, done: int, total: int | None) -> None: ...
+    def __call__(self, done: int, total: int | None) -> None:
+        """Take in the state of a long job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +78,14 @@ class Runtime(ABC):
     Attributes:
         name: what the user called it; fingerprint: identifies the bytes (None for remote models);
         dtype: "float32", "bfloat16", ... or None when unknown; control: its control tokens, if any.
+        shipped_point: the operating point that came with its adapter, if any.
     """
 
     name: str
     fingerprint: str | None = None
     dtype: str | None = None
     control: ControlTokens | None = None
+    shipped_point: OperatingPoint | None = None
     capabilities: frozenset[Capability] = frozenset()
     deterministic: bool = False
     """True when a rerun gives the same bytes (local and scripted runtimes)."""
@@ -95,6 +98,14 @@ class Runtime(ABC):
                 f"{type(self).__name__} for {self.name!r} cannot {', '.join(missing)} "
                 f"(it can: {', '.join(sorted(self.capabilities)) or 'nothing'}). Use a local model for this method."
             )
+
+    def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
+        """Why this prompt cannot be asked here (longer than the context, say), or None. Computes nothing.
+
+        Raises:
+            InputError: no prompt at all can be asked (no chat template, say).
+        """
+        return None
 
     @abstractmethod
     def generate(
@@ -131,4 +142,6 @@ class Runtime(ABC):
 class Intervention(Protocol):
     """A reversible change of the forward pass. `with intervention.on(runtime) as steered:` always restores."""
 
-    def on(self, runtime: Runtime) -> AbstractContextManager[Runtime]: ...
+    def on(self, runtime: Runtime) -> AbstractContextManager[Runtime]:
+        """A runtime in which the change is in force; the given one stays as it was."""
+        ...

@@ -85,6 +85,14 @@ class ChatFormat:
                 "(thinking=False) where the model supports that"
             )
 
+    def require_template(self) -> None:
+        """Raise `InputError` unless there is a chat template."""
+        if not self.template:
+            raise InputError(
+                "this tokenizer has no chat template, so it is unknown how the model reads a conversation. "
+                "Put one into the model's folder (chat_template.jinja), or take the chat-tuned model"
+            )
+
     def render(self, prompt: Prompt) -> Rendered:
         """Token ids of the prompt with the generation header; a last message of the assistant is continued.
 
@@ -148,12 +156,7 @@ class ChatFormat:
         return "\n</think>\n\n" if off.rstrip().endswith(_THINK[0]) else ""
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], header: bool) -> str:
-        if not self.template:
-            raise InputError(
-                "this tokenizer has no chat template, so it is unknown how the model reads a conversation. "
-                "Pass template= (Jinja source, for instance a chat_template.jinja file), or take the "
-                "chat-tuned model"
-            )
+        self.require_template()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),

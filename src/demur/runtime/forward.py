@@ -24,7 +24,7 @@ PREFIX_FLOOR = 8
 """Shared tokens below which one more pass and a cache cost more than they save."""
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this file
+class _Stop(Exception):
     """Raised by a hook once everything asked for has been read."""
 
 

@@ -25,7 +25,7 @@ def load(path: str, dtype: str, device_map: Any) -> tuple[Any, Any]:
             "with config.json, weights and tokenizer, or the id of a model on the hub"
         ) from None
     chosen = _native_dtype(config, device_map) if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(chosen, torch.dtype):
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise InputError(f"dtype {dtype!r}: use float32, bfloat16, float16 or auto")
     text_only = type(config) in AutoModelForCausalLM._model_mapping
     auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
@@ -33,10 +33,18 @@ def load(path: str, dtype: str, device_map: Any) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     try:
         model = auto.from_pretrained(path, dtype=chosen, device_map=device_map)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{path}: transformers reads its config.json and fails on its weights or tokenizer "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:300]}). Save both with save_pretrained"
+        ) from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    return model.requires_grad_(False), AutoTokenizer.from_pretrained(path)
+    return model.requires_grad_(False), tokenizer
 
 
 def _native_dtype(config: Any, device_map: Any) -> torch.dtype:

@@ -145,6 +145,19 @@ class LocalRuntime(Runtime):
         for window in batching.windows(prompts):
             yield from self.score_rows([(p, self._render(p, condition)) for p in window], condition, T, count)
 
+    def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
+        """Why the prompt cannot be written for this model or does not fit its context, or None.
+
+        Raises:
+            InputError: the tokenizer has no chat template.
+        """
+        self.chat.require_template()
+        try:
+            self._render(prompt, condition or Condition())
+        except InputError as e:
+            return str(e)
+        return None
+
     def generate(
         self,
         prompts: Iterable[Prompt],

@@ -1,1 +1,1 @@
-"""Methods that change weights. Each `fit` returns an `Adapter`; `adapter.on(runtime)` yields a Runtime again."""
+"""Methods that change weights. Each `fit` returns an `Adapter`; `adapter.on(runtime)` yields a Runtime."""

@@ -1,10 +1,10 @@
-"""Refusal tokens: teach a model to open every answer with a token that says whether it is a refusal, and of what kind.
+"""Refusal tokens: a model opens every answer with a token that says whether it refuses, and of what kind.
 
-Target (Jain et al., arXiv 2412.06748, section 3): y' = [refuse_c] + y for refusals, [respond] + y for answers, so
-that p(y'|x) = p(token|x) * p(y|token, x) and the first factor can be read, calibrated and set. Loss on the answer,
-the control token included. The recipe is ours, for small models and small corpora: control rows first, in closed
-form (a linear probe on the final state), then LoRA with a small learning rate, the control decision weighted against
-the answer tokens, and early stopping on a select part written by other hands.
+Target (Jain et al., arXiv 2412.06748, section 3): y' = [refuse_c] + y for refusals, [respond] + y for
+answers, so that p(y'|x) = p(token|x) * p(y|token, x) and the first factor can be read, calibrated and set.
+Loss on the answer, the control token included. The recipe is ours, for small models and small corpora:
+control rows first, in closed form (a linear probe on the final state), then LoRA with a small learning rate,
+the control decision weighted against the answer tokens, and early stopping on a select part by other hands.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from demur.errors import InputError, MissingExtra
-from demur.files import write_atomic
-from demur.runtime.base import ControlTokens
+from demur.errors import CapabilityError, InputError, MissingExtra
+from demur.files import dump_jsonl, from_row, iter_jsonl, write_atomic
 from demur.train.adapter import Adapter, save_adapter
-from demur.types import RESPOND, Card, Condition, Prompt, PromptSet
+from demur.types import RESPOND, Card, Condition, Prompt, PromptSet, Reply
 
 CARD = Card(
     slug="refusal-tokens",
     title="Refusal tokens",
     room="train",
     tier="stable",
-    paper="Jain et al., Refusal Tokens: A Simple Way to Calibrate Refusals in Large Language Models, COLM 2025",
+    paper="Jain et al., Refusal Tokens: A Simple Way to Calibrate Refusals in Large Language Models, "
+    "COLM 2025",
     url="https://arxiv.org/abs/2412.06748",
     files=("train/refusal_tokens.py", "control/refusal_tokens.py", "calibrate/"),
     needs=("score", "generate"),
-    summary="The first token of an answer says whether it is a refusal and of which category: read it, calibrate it, set it.",
+    summary="The first token of an answer says whether it is a refusal and of which category: "
+    "read it, calibrate it, set it.",
 )
 
 SYSTEM_PROMPTS = (
@@ -54,14 +55,16 @@ class Recipe:
     """Settings of one training run; stored with the adapter.
 
     Attributes:
-        mode: "category" (one refuse token per category), "single" (one for all), "none" (the no-token baseline).
-        contrast: keep look-alike benign rows (False trains the ablation of the paper without contrast data).
+        mode: "category" (one refuse token per category), "single" (one for all), "none" (baseline without).
+        contrast: keep look-alike benign rows (False: the paper's ablation without contrast data).
         rank, alpha, dropout: LoRA on all linear layers.
-        lr, row_lr: peak learning rates of LoRA and of the control rows; cosine decay, warm-up over 6 % of steps.
-        control_weight: weight of the control position's loss against the mean loss of the answer tokens. A plain
-            average over the answer drowns the one position that matters.
-        distilled: how many `respond` rows get the base model's own greedy answer as target (keeps its usefulness);
-            the other respond rows teach the control decision only.
+        lr, row_lr: peak learning rates of LoRA and of the control rows; cosine decay, warm-up over 6 % of
+            steps.
+        control_weight, answer_weight: of the control position's loss and of the mean loss of the answer
+            tokens. A plain average over all would drown the one position that matters.
+        distilled: how many `respond` rows get the base model's own greedy answer as target, which keeps its
+            usefulness; the other respond rows teach the control decision only.
+        answer_tokens: longest part of an answer that is learnt.
         vary: share of rows shown under another system message or with typing noise.
         probe_C: inverse regularisation of the probe that initialises the control rows (standardised states).
         leak: natural-log margin by which control logits start above all others together.
@@ -71,18 +74,17 @@ class Recipe:
     contrast: bool = True
     rank: int = 16
     alpha: int = 32
-    dropout: float = 0.05
+    dropout: float = 0.0
     lr: float = 2e-4
     row_lr: float = 2e-4
     epochs: int = 2
     batch_size: int = 32
     control_weight: float = 1.0
     answer_weight: float = 0.5
-    label_smoothing: float = 0.0
     distilled: int = 600
     answer_tokens: int = 64
     vary: float = 0.3
-    probe_C: float = 0.01
+    probe_C: float = 0.01  # noqa: N815 - scikit-learn's own name of it
     leak: float = 6.0
     weight_decay: float = 0.01
     check_every: int = 40
@@ -92,11 +94,15 @@ class Recipe:
 
 @dataclass(slots=True)
 class Row:
-    """One tokenised training row: prompt ids, control name (None in mode "none"), answer ids (may be empty)."""
+    """One tokenised training row.
+
+    `control` is None in mode "none"; `answer` may be empty; `system` is the system message, for grouping.
+    """
 
     prompt: list[int]
     control: str | None
     answer: list[int]
+    system: str = ""
 
 
 class RefusalTokens:
@@ -122,31 +128,38 @@ class RefusalTokens:
         """Train and write an adapter folder; the runtime's model is left as it was.
 
         Args:
-            runtime: a `LocalRuntime`. prompts: training rows; refusals need `reference` (the answer to learn),
-                `category` names the refuse token. select: rows for early stopping; never used for fitting.
-            out: folder for the adapter, the loss log and the checkpointed best weights.
+            runtime: a bare `LocalRuntime`. prompts: training rows; refusals need `reference` (the answer to
+                learn), `category` names the refuse token. select: rows for early stopping, never fitted on.
+            out: folder for the adapter and the loss log.
+            progress: called with the stage's name, what is done and the total.
 
         Returns:
-            The adapter with the best control loss on `select`.
+            The adapter with the lowest control loss on `select`; in mode "none" the last one.
 
         Raises:
-            InputError: no refusals, a refusal without answer or category, train and select share prompts.
+            InputError: only refusals or only answers, a refusal without answer or category, a category that
+                `prompts` lacks, prompts in both sets, a runtime with edits.
+            CapabilityError: not a local runtime. MissingExtra: the extra `train` is not installed.
         """
         _require_training()
-        from demur.train.loop import initial_rows, train
+        _require_bare(runtime)
+        from demur.train.loop import train, working_copy
+        from demur.train.rows import initial_rows
 
         recipe, folder = self.recipe, Path(out)
         prompts = self._usable(prompts, select)
         names = control_names(prompts, recipe.mode)
-        note = progress or (lambda what, done, total: None)
+        _check_select(select, names, recipe.mode)
+        note = progress or (lambda *_: None)
 
-        answers = own_answers(runtime, _sample_respond(prompts, recipe), recipe.answer_tokens, note)
+        work = working_copy(runtime, recipe)
+        answers = kept_answers(work, _sample_respond(prompts, recipe), recipe, folder, note)
         rows = build_rows(runtime, prompts, answers, recipe)
         picks = [Row(runtime.chat.render(p).ids, control_of(p, recipe.mode), []) for p in select]
-        start = initial_rows(runtime, prompts, names, recipe, note) if names else None
+        start = initial_rows(work, prompts, names, recipe, note) if names else None
         first_id = runtime.model.get_input_embeddings().weight.shape[0]
         began = time.monotonic()
-        result = train(runtime, rows, picks, names, start, first_id, recipe, folder, note)
+        result = train(work, rows, picks, names, start, first_id, recipe, note)
         about = {
             "schema_version": 1,
             "method": CARD.slug,
@@ -170,30 +183,73 @@ class RefusalTokens:
         shared = {p.text for p in prompts} & {p.text for p in select}
         if shared:
             raise InputError(
-                f"{len(shared)} prompts are in both {prompts.name!r} and {select.name!r} (first: {min(shared)[:60]!r}); "
-                "early stopping on training rows picks the most overfitted weights. Take them out of one"
+                f"{len(shared)} prompts are in both {prompts.name!r} and {select.name!r} (first: "
+                f"{min(shared)[:60]!r}); early stopping on training rows picks the most overfitted weights. "
+                "Take them out of one"
             )
         kept = []
         for p in prompts:
             if p.should_refuse is None:
-                raise InputError(f"prompt {p.id!r} has no `expected`; training needs refuse/decline or comply for each row")
+                raise InputError(
+                    f"prompt {p.id!r} has no `expected`; each row to train on needs refuse, decline or comply"
+                )
             if p.should_refuse and not p.reference:
-                raise InputError(f"prompt {p.id!r} should be refused and has no `reference` answer to learn from")
+                raise InputError(
+                    f"prompt {p.id!r} should be refused and has no `reference` answer to learn from"
+                )
             if p.should_refuse and not p.category and self.recipe.mode == "category":
-                raise InputError(f"prompt {p.id!r} should be refused and has no category, so no refuse token fits it")
-            if self.recipe.contrast or p.should_refuse or p.meta.get("kind") != "lookalike":
+                raise InputError(
+                    f"prompt {p.id!r} should be refused and has no category, so no refuse token fits it; "
+                    "name one, or train one token for all (mode single)"
+                )
+            if p.should_refuse and p.category == RESPOND:
+                raise InputError(
+                    f"prompt {p.id!r} should be refused under the category {RESPOND!r}; rename it"
+                )
+            if self.recipe.contrast or not is_lookalike(p):
                 kept.append(p)
         if not any(p.should_refuse for p in kept) or all(p.should_refuse for p in kept):
-            raise InputError(f"{prompts.name!r} needs both prompts to refuse and prompts to answer, got only one kind")
+            dropped = "" if len(kept) == len(prompts) else " once look-alikes are left out (contrast=False)"
+            raise InputError(
+                f"{prompts.name!r} needs both prompts to refuse and prompts to answer, got one kind{dropped}"
+            )
         return PromptSet(prompts.name, tuple(kept))
 
 
+def is_lookalike(prompt: Prompt) -> bool:
+    """A harmless prompt that resembles a refused kind: marked so, or unmarked with that kind's category."""
+    if prompt.should_refuse:
+        return False
+    kind = prompt.meta.get("kind")
+    return kind == "lookalike" if kind else prompt.category is not None
+
+
+def _check_select(select: PromptSet, names: Sequence[str], mode: str) -> None:
+    """Early stopping needs labelled rows of both kinds whose tokens exist; mode "none" has none to score."""
+    if mode == "none":
+        return
+    for p in select:
+        if p.should_refuse is None:
+            raise InputError(f"prompt {p.id!r} of {select.name!r} has no `expected`, so it cannot be scored")
+        if (token := control_of(p, mode)) not in names:
+            raise InputError(
+                f"prompt {p.id!r} of {select.name!r} should be refused as {token!r}; the training prompts "
+                f"refuse only {', '.join(names[:-1])}"
+            )
+    if len({bool(p.should_refuse) for p in select}) < 2:
+        raise InputError(
+            f"{select.name!r} needs prompts to refuse and prompts to answer; early stopping on one kind "
+            "picks weights that always say the same"
+        )
+
+
 def control_names(prompts: PromptSet, mode: str) -> list[str]:
-    """Names of the control tokens in id order: refuse categories sorted, then `respond`; none in mode "none"."""
+    """Control tokens in id order: refuse categories sorted, then `respond`; none in mode "none"."""
     if mode == "none":
         return []
-    refuse = ["refuse"] if mode == "single" else sorted({p.category for p in prompts if p.should_refuse and p.category})
-    return [*refuse, RESPOND]
+    if mode == "single":
+        return ["refuse", RESPOND]
+    return [*sorted({p.category for p in prompts if p.should_refuse and p.category}), RESPOND]
 
 
 def control_of(prompt: Prompt, mode: str) -> str | None:
@@ -205,18 +261,31 @@ def control_of(prompt: Prompt, mode: str) -> str | None:
     return "refuse" if mode == "single" else prompt.category
 
 
-def build_rows(runtime: Any, prompts: Sequence[Prompt] | PromptSet, answers: Mapping[str, str], recipe: Recipe) -> list[Row]:
-    """Tokenise every row once per epoch, each epoch under its own small variations."""
+def build_rows(
+    runtime: Any, prompts: Sequence[Prompt] | PromptSet, answers: Mapping[str, Reply], recipe: Recipe
+) -> list[Row]:
+    """Tokenise every row once per epoch, each epoch under its own small variations.
+
+    An answer longer than `recipe.answer_tokens` is cut; only one that is whole ends in the end token, or the
+    model would learn to stop in mid-sentence.
+
+    Args:
+        answers: the model's own replies to `respond` rows, by prompt id; rows without one learn the control
+            decision only.
+    """
     rng = random.Random(recipe.seed)
     eos = runtime.tokenizer.eos_token_id
     rows = []
     for _ in range(recipe.epochs):
         for p in prompts:
-            text = p.reference if p.should_refuse else answers.get(p.id)
+            own = None if p.should_refuse else answers.get(p.id)
+            text = p.reference if p.should_refuse else own.content if own else ""
             ids = runtime.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            whole = len(ids) <= recipe.answer_tokens
+            whole = len(ids) <= recipe.answer_tokens and (own is None or own.finish_reason == "stop")
             answer = [*ids[: recipe.answer_tokens], *([eos] if ids and whole else [])]
-            rows.append(Row(runtime.chat.render(_varied(p, recipe, rng)).ids, control_of(p, recipe.mode), answer))
+            asked = _varied(p, recipe, rng)
+            system = next((m.content for m in asked.messages if m.role == "system"), "")
+            rows.append(Row(runtime.chat.render(asked).ids, control_of(p, recipe.mode), answer, system))
     return [r for r in rows if r.control or r.answer]
 
 
@@ -226,30 +295,65 @@ def _varied(prompt: Prompt, recipe: Recipe, rng: random.Random) -> Prompt:
         return prompt
     if rng.random() < 0.5:
         return prompt.with_system(rng.choice(SYSTEM_PROMPTS))
-    text = rng.choice((str.lower, lambda t: t.rstrip("?.! "), lambda t: t[:1].lower() + t[1:].rstrip(".?")))(prompt.text)
+    style = rng.choice((str.lower, lambda t: t.rstrip("?.! "), lambda t: t[:1].lower() + t[1:].rstrip(".?")))
     *head, last = prompt.messages
-    return dataclasses.replace(prompt, messages=(*head, dataclasses.replace(last, content=text))) if text else prompt
+    if last.role != "user" or not (text := style(last.content)):
+        return prompt
+    return dataclasses.replace(prompt, messages=(*head, dataclasses.replace(last, content=text)))
 
 
 def _sample_respond(prompts: PromptSet, recipe: Recipe) -> list[Prompt]:
     """The respond rows that get the base model's own answer: chosen by hash, so that the choice is stable."""
     respond = [p for p in prompts if not p.should_refuse]
-    return sorted(respond, key=lambda p: hashlib.sha256(f"{recipe.seed}:{p.id}".encode()).digest())[: recipe.distilled]
+    return sorted(respond, key=lambda p: hashlib.sha256(f"{recipe.seed}:{p.id}".encode()).digest())[
+        : recipe.distilled
+    ]
 
 
-def own_answers(runtime: Any, prompts: Sequence[Prompt], max_new_tokens: int, note: Progress) -> dict[str, str]:
+def kept_answers(
+    runtime: Any, prompts: Sequence[Prompt], recipe: Recipe, folder: Path, note: Progress
+) -> dict[str, Reply]:
+    """`own_answers`, written to the adapter folder so that a run that was stopped need not make them again.
+
+    They are made anew for other prompts, another base, length or precision, and where the base is unknown.
+    """
+    path = folder / "own_answers.jsonl"
+    key = {
+        "base": runtime.fingerprint,
+        "answer_tokens": recipe.answer_tokens,
+        "precision": recipe.precision,
+        "prompts": PromptSet("own answers", tuple(prompts)).hash,
+    }
+    if path.is_file() and runtime.fingerprint:
+        head, *rows = [*iter_jsonl(path)] or [{}]
+        if head == key:
+            replies = [from_row(Reply, row, str(path)) for row in rows]
+            return {r.prompt_id: r for r in replies}
+    answers = own_answers(runtime, prompts, recipe.answer_tokens, note)
+    dump_jsonl([key, *answers.values()], path)
+    return answers
+
+
+def own_answers(
+    runtime: Any, prompts: Sequence[Prompt], max_new_tokens: int, note: Progress
+) -> dict[str, Reply]:
     """The model's own greedy answers by prompt id (self-distillation targets)."""
     replies = runtime.generate(
         prompts,
         Condition(max_new_tokens=max_new_tokens),
         progress=lambda done, total: note("own answers", done, total or len(prompts)),
     )
-    return {r.prompt_id: r.content for r in replies if not r.error and r.content}
+    return {r.prompt_id: r for r in replies if not r.error and r.content}
 
 
-def control_tokens(names: Sequence[str], first_id: int) -> ControlTokens:
-    """The control tokens of a freshly trained adapter: ids that follow on the model's embedding rows."""
-    return ControlTokens(ids={n: first_id + i for i, n in enumerate(names)})
+def _require_bare(runtime: Any) -> None:
+    if not hasattr(runtime, "with_edits"):
+        raise CapabilityError(f"training needs a local model; {runtime.name!r} is a {type(runtime).__name__}")
+    if runtime.edits or runtime.control is not None:
+        raise InputError(
+            f"{runtime.name!r} already has an adapter, control tokens or another edit, which training would "
+            "leave out; pass the bare base model (load_runtime(..., base_only=True))"
+        )
 
 
 def _require_training() -> None:
@@ -267,4 +371,6 @@ def _versions() -> dict[str, str]:
 
     import demur
 
-    return {"demur": demur.__version__} | {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+    return {"demur": demur.__version__} | {
+        name: version(name) for name in ("torch", "transformers", "peft", "trl")
+    }

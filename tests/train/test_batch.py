@@ -1,0 +1,134 @@
+"""Batches, the shared prefix and the loss, against hand calculations and plain forward passes."""
+
+from __future__ import annotations
+
+import copy
+from math import log
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from demur.train.batch import IGNORE, collate, forward, token_loss
+from demur.train.loop import _grouped
+from demur.train.refusal_tokens import Recipe, Row
+from tests.runtime.tiny import ARCHITECTURES, tiny_control, tiny_model
+
+NAMES = ("safety", "humanizing", "respond")
+
+
+def test_collate_by_hand() -> None:
+    rows = [Row([9, 8, 3, 4], "safety", [5, 6]), Row([9, 8, 7], "respond", [])]
+    batch = collate(rows, NAMES, 100)
+    assert batch["prefix"].tolist() == [[9, 8]]
+    assert batch["input_ids"].tolist() == [[3, 4, 100, 5, 6], [7, 102, 0, 0, 0]]
+    assert batch["keep"].tolist() == [[1, 2, 3], [0, 0, 0]]  # the last prompt token decides the control token
+    assert batch["targets"].tolist() == [[100, 5, 6], [102, IGNORE, IGNORE]]
+
+
+def test_collate_without_control_tokens_and_without_a_shared_start() -> None:
+    batch = collate([Row([1, 2], None, [5, 6]), Row([3], None, [7])], (), 100)
+    assert batch["prefix"].shape == (1, 0)
+    assert batch["input_ids"].tolist() == [[1, 2, 5, 6], [3, 7, 0, 0]]
+    assert batch["keep"].tolist() == [[1, 2], [0, 0]]
+    assert batch["targets"].tolist() == [[5, 6], [7, IGNORE]]
+
+
+def test_collate_keeps_a_prompt_token_where_one_prompt_starts_another() -> None:
+    batch = collate([Row([1, 2], "respond", []), Row([1, 2, 3], "respond", [])], NAMES, 100)
+    assert batch["prefix"].tolist() == [[1]]
+    assert batch["keep"].tolist() == [[0], [1]]
+    assert collate([Row([1, 2], "safety", [])] * 2, NAMES, 100)["input_ids"].tolist() == [[2, 100]] * 2
+
+
+def test_token_loss_by_hand() -> None:
+    """Probabilities of the targets: control 1/2 and 1/4; answers 1/2, 1/8 and 1/4; one padding."""
+    p = torch.tensor([[1 / 2, 1 / 2, 1 / 8], [1 / 4, 1 / 4, 0.9]])
+    logits = torch.stack([p, 1 - p], dim=-1).log() + torch.tensor(
+        [[[3.0]], [[-2.0]]]
+    )  # a shift changes nothing
+    targets = torch.tensor([[0, 0, 0], [0, 0, IGNORE]])
+    loss, control = token_loss(logits, targets, Recipe(control_weight=2.0, answer_weight=0.5), True)
+    assert float(control) == pytest.approx((1 + 2) / 2 * log(2))
+    assert float(loss) == pytest.approx(2 * 1.5 * log(2) + 0.5 * (1 + 3 + 2) / 3 * log(2))
+    plain, none = token_loss(logits, targets, Recipe(control_weight=2.0, answer_weight=0.5), False)
+    assert float(plain) == pytest.approx((1 + 1 + 3 + 2 + 2) / 5 * log(2)) and float(none) == 0
+
+
+def test_token_loss_without_answers_is_the_control_loss() -> None:
+    loss, control = token_loss(torch.zeros(2, 1, 4), torch.tensor([[1], [2]]), Recipe(), True)
+    assert float(loss) == float(control) == pytest.approx(log(4))
+
+
+def rows_behind(prefix: int, first_id: int) -> list[Row]:
+    start = [1, *(5 + i % 60 for i in range(prefix - 1))]
+    return [
+        Row([*start, 30, 31, 32], "safety", [40, 41]),
+        Row([*start, 33], "respond", [42, 43, 44, 45]),
+        Row([*start, 34, 35], "humanizing", []),
+    ]
+
+
+@pytest.mark.parametrize("prefix", [5, 20])  # 20 is longer than the sliding window of gemma3 and mistral
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
+def test_shared_prefix_equals_the_plain_forward(arch: str, prefix: int) -> None:
+    rows_edit, control = tiny_control(tiny_model(arch))
+    first, names = rows_edit.first_id, control.names
+    rows = rows_behind(prefix, first)
+    batch = collate(rows, names, first)
+    assert batch["prefix"].shape[1] == prefix
+
+    def gradients(losses: Any) -> tuple[Any, dict[str, Any]]:
+        model = copy.deepcopy(tiny_model(arch)).requires_grad_(True)
+        with rows_edit.install(model):
+            logits = losses(model)
+        loss, _ = token_loss(logits, batch["targets"], Recipe(), True)
+        loss.backward()
+        return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    def plain(model: Any) -> Any:
+        out = torch.zeros(*batch["keep"].shape, first + len(names))
+        for k, row in enumerate(rows):
+            ids = [*row.prompt, first + names.index(row.control), *row.answer]
+            n = len(ids) - len(row.prompt)
+            logits = model(input_ids=torch.tensor([ids])).logits[0]
+            out = out.index_put(
+                (torch.tensor(k), torch.arange(n)), logits[len(row.prompt) - 1 : len(row.prompt) - 1 + n]
+            )
+        return out
+
+    ours, our_grads = gradients(lambda model: forward(model, batch).logits)
+    theirs, their_grads = gradients(plain)
+    real = batch["targets"] != IGNORE
+    assert (ours[real] - theirs[real]).abs().max() < 1e-4
+    assert our_grads.keys() == their_grads.keys() and len(our_grads) > 5
+    scale = max(float(g.abs().max()) for g in their_grads.values())
+    for name, grad in their_grads.items():
+        assert (our_grads[name] - grad).abs().max() < 1e-4 * scale, name
+
+
+def test_grouped_is_a_permutation_whose_batches_share_system_and_length() -> None:
+    sizes = {"a": 43, "b": 21, "c": 6}
+    rows = [Row([1] * (3 + (7 * i) % 50), "respond", [], s) for s, n in sizes.items() for i in range(n)]
+    order = _grouped(rows, 8, seed=0)
+    assert sorted(order) == list(range(len(rows)))
+    assert order != list(range(len(rows)))
+    batches = [order[k : k + 8] for k in range(0, len(order), 8)]
+    pure = [b for b in batches if len({rows[i].system for i in b}) == 1 and len(b) == 8]
+    assert len(pure) >= sum(n // 8 for n in sizes.values())
+    spans = [max(lengths) - min(lengths) for lengths in ([len(rows[i].prompt) for i in b] for b in pure)]
+    assert sum(spans) / len(spans) < 15  # of 49; eight random rows span 38
+    assert [len(b) for b in batches[:-1]] == [8] * (
+        len(batches) - 1
+    )  # the incomplete one is last, to be dropped
+    assert _grouped(rows, 8, seed=0) == order != _grouped(rows, 8, seed=1)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 400])
+def test_grouped_with_few_and_many_rows(n: int) -> None:
+    rows = [Row([1] * (1 + i % 13), None, [], "ab"[i % 2]) for i in range(n)]
+    assert sorted(_grouped(rows, 8, seed=3)) == list(range(n))
