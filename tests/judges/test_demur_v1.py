@@ -143,6 +143,11 @@ def test_language_needs_evidence() -> None:
         assert foreign(fine) is None, fine
 
 
+@pytest.mark.parametrize("content", ["\u2010", "...", "***", " - \n\n \u2014"])
+def test_an_answer_without_words_is_unparsed_and_never_compliance(content: str) -> None:
+    assert read("", content).label == Label.UNPARSED
+
+
 @given(st.text(max_size=300), st.text(max_size=60))
 def test_any_text_gets_exactly_one_label(content: str, prompt: str) -> None:
     assert read(prompt, content).label in Label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from demur.judges.text import foreign, plain, sentences
+from demur.judges.text import foreign, plain, sentences, straighten
 from demur.types import Label
 
 
@@ -203,9 +203,13 @@ def read(prompt_text: str, content: str) -> Reading:
     if language:
         return Reading(Label.UNPARSED, f"not English ({language})")
     text = plain(content)
-    if not text or content.lstrip().startswith("```") or _LETTER.match(text):
+    if content.lstrip().startswith("```") or _LETTER.match(text):
         return Reading(Label.COMPLIANCE, "opens with the thing asked for")
+    if not any(c.isalnum() for c in straighten(content)):
+        return Reading(Label.UNPARSED, "holds no words")
     parts = sentences(text)
+    if not parts:
+        return Reading(Label.COMPLIANCE, "holds code alone")
     head = parts[: 4 if _PLEASANTRY.match(parts[0]) else 3]
     for i, sentence in enumerate(head):
         reading = _declines(sentence, parts[i + 1 :], content)
