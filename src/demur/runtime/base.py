@@ -17,6 +17,11 @@ from demur.types import RESPOND, Condition, OperatingPoint, Prompt, Reply, Score
 
 Capability = Literal["generate", "score", "prefill", "states", "intervene"]
 
+REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "I can't", "I apologize", "Sorry", "Unfortunately", "As an AI")
+"""Openings whose first tokens make up `p_refuse` of a model without control tokens. Crude on purpose: "I"
+also opens answers, and a refusal may open with anything. Use it to rank prompts of one model, not as a
+rate."""
+
 Decide = Callable[[Prompt, Score], str | None]
 """A decision rule at the first answer position: category to force, or None to leave the model's own choice."""
 

@@ -14,17 +14,12 @@ from torch import Tensor
 
 from demur.errors import DemurError, InputError
 from demur.runtime import batching, decode, forward, layers, loading
-from demur.runtime.base import ControlTokens, Decide, Progress, Runtime, States
+from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime, States
 from demur.runtime.chat import ChatFormat
 from demur.runtime.layers import BlockEdit, Edit
 from demur.types import RESPOND, Condition, Prompt, Reply, Score, Site
 
 __all__ = ["REFUSAL_OPENINGS", "BlockEdit", "Edit", "LocalRuntime"]
-
-REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "I can't", "I apologize", "Sorry", "Unfortunately", "As an AI")
-"""Openings whose first tokens make up `p_refuse` of a model without control tokens. Crude on purpose: "I"
-also opens answers, and a refusal may open with anything. Use it to rank prompts of one model, not as a
-rate."""
 
 CPU_PASS = 512
 """Padded tokens per pass on a processor, which is busy with that many; larger batches only add padding (4096

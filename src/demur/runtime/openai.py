@@ -18,13 +18,12 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from demur.errors import CapabilityError, InputError
-from demur.runtime.base import ControlTokens, Decide, Progress, Runtime
+from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime
 from demur.runtime.shapes import reply_from_error, reply_from_openai
 from demur.runtime.transport import TransientError, ordered, public, seconds, wait
 from demur.types import RESPOND, Condition, Prompt, Reply, Score
 
-FIRST_WORDS = ("I", "I'm", "Sorry", "Unfortunately", "As")
-"""First words of common refusals ("I cannot", "As an AI"). Crude: many answers open so, too."""
+FIRST_WORDS = tuple(dict.fromkeys(opening.split()[0] for opening in REFUSAL_OPENINGS))
 
 _BUSY = frozenset({408, 409, 425, 429})
 In = TypeVar("In")
