@@ -5,7 +5,7 @@ import pytest
 from scipy import stats as reference
 
 from demur.calibrate import CalibrationWarning, LearnThenTest, decide, sample_size
-from demur.calibrate.base import Choice, Slice, count_at_least
+from demur.calibrate.base import Choice, Slice, candidates, count_at_least
 from demur.calibrate.learn_then_test import _group_risk, hoeffding_bentkus
 from demur.errors import InputError, UnsupportedClaim
 
@@ -47,7 +47,7 @@ class Uncorrected(LearnThenTest):
     """The same tests without the correction for five categories."""
 
     def choose(self, slices):
-        return [self._choose(s, self.delta) for s in slices]
+        return [self._choose(s, self.delta, self.alpha, candidates(s)) for s in slices]
 
 
 class PlugIn(LearnThenTest):
@@ -290,3 +290,72 @@ def test_shares_outside_0_and_1_are_refused(value):
         LearnThenTest(alpha=value)
     with pytest.raises(InputError, match="delta"):
         LearnThenTest(delta=value)
+
+
+def with_ordinary(rng, n_ordinary, shape=5.0):
+    """`world`, and ordinary prompts spread over the categories with scores Beta(1, shape)."""
+    P, expected, category = world(rng, 200, 500)
+    extra = np.zeros((n_ordinary, len(NAMES)))
+    column = rng.integers(0, len(SHAPES), n_ordinary)
+    extra[np.arange(n_ordinary), column] = benign(rng, shape, n_ordinary)
+    extra[:, -1] = 1 - extra.sum(1)
+    return (
+        np.concatenate([P, extra]),
+        np.r_[expected, np.zeros(n_ordinary, bool)],
+        [*category, *["general"] * n_ordinary],
+    )
+
+
+def ordinary_risk(point, shape=5.0):
+    return float(np.mean([(1 - min(point.thresholds[c].tau, 1.0)) ** shape for c in NAMES[:-1]]))
+
+
+def test_the_budget_for_ordinary_prompts_holds_and_keeps_the_other_ones():
+    runs, budget = 200, 0.02
+    rng = np.random.default_rng(5)
+    risks, ordinary = [], []
+    for _ in range(runs):
+        data = with_ordinary(rng, 400)
+        point = LearnThenTest(ALPHA, DELTA, ordinary_alpha=budget, n_boot=10).fit(*data, names=NAMES)
+        risks.append(joint_risks(point))
+        ordinary.append(ordinary_risk(point))
+    exceeded = (np.array(risks) > ALPHA).any(axis=1) | (np.array(ordinary) > budget)
+    assert exceeded.sum() <= most_violations(runs, DELTA)
+    # not vacuous: k refusals of 400 pass, and the threshold lies midway to the next one
+    k = max(k for k in range(400) if reference.binom.cdf(k, 400, budget) <= DELTA / 6)
+    assert np.mean(ordinary) == pytest.approx((k + 0.5) / 401, rel=0.15)
+    free = LearnThenTest(ALPHA, DELTA, n_boot=10).fit(*data, names=NAMES)
+    assert ordinary_risk(free) > 1.5 * budget  # without it they are refused
+
+
+def test_ordinary_prompts_within_their_budget_change_nothing_but_the_level():
+    data = with_ordinary(np.random.default_rng(0), 400, shape=200.0)
+    held = LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.05, n_boot=10).fit(*data, names=NAMES)
+    plain = LearnThenTest(ALPHA, DELTA * 5 / 6, n_boot=10).fit(*data, names=NAMES)
+    assert {c: t.tau for c, t in held.thresholds.items()} == {c: t.tau for c, t in plain.thresholds.items()}
+    assert held.goal == "max_tpr_fpr<=0.05,ordinary<=0.05@delta=0.1"
+    assert (
+        "Of ordinary benign prompts drawn like its 400, at most 0.05 open with any refuse token"
+        in held.guarantee
+    )
+
+
+def test_ordinary_prompts_that_score_1_push_their_threshold_beyond_reach():
+    P, expected, category = with_ordinary(np.random.default_rng(0), 300)
+    P[-300:] = np.eye(len(NAMES))[0]
+    point = LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.05, n_boot=10).fit(
+        P, expected, category, names=NAMES
+    )
+    assert point.thresholds[NAMES[0]].tau == 1.01
+
+
+def test_a_budget_for_ordinary_prompts_needs_enough_of_them():
+    data = with_ordinary(np.random.default_rng(0), 50)
+    with pytest.raises(UnsupportedClaim, match=r"at least 203 independent ordinary .* found 50"):
+        LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.02).fit(*data, names=NAMES)
+    with pytest.raises(InputError, match="ordinary_alpha"):
+        LearnThenTest(ordinary_alpha=1.5)
+    P, expected, category = with_ordinary(np.random.default_rng(0), 300)
+    category = [c if e else "general" for c, e in zip(category, expected, strict=True)]
+    with pytest.raises(UnsupportedClaim, match="twice"), pytest.warns(CalibrationWarning):
+        LearnThenTest(ordinary_alpha=0.05).fit(P, expected, category, names=NAMES)

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from demur.train.batch import IGNORE, collate, forward, token_loss
+from demur.train.batch import IGNORE, collate, forward, teach, token_loss
 from demur.train.loop import _grouped
 from demur.train.refusal_tokens import Recipe, Row
 from tests.runtime.tiny import ARCHITECTURES, tiny_control, tiny_model
@@ -51,17 +51,53 @@ def test_token_loss_by_hand() -> None:
     logits = torch.stack([p, 1 - p], dim=-1).log() + torch.tensor(
         [[[3.0]], [[-2.0]]]
     )  # a shift changes nothing
-    targets = torch.tensor([[0, 0, 0], [0, 0, IGNORE]])
-    loss, control = token_loss(logits, targets, Recipe(control_weight=2.0, answer_weight=0.5), True)
+    batch = {"targets": torch.tensor([[0, 0, 0], [0, 0, IGNORE]]), "own": torch.tensor([False, False])}
+    loss, control = token_loss(logits, batch, Recipe(control_weight=2.0, answer_weight=0.5), True)
     assert float(control) == pytest.approx((1 + 2) / 2 * log(2))
     assert float(loss) == pytest.approx(2 * 1.5 * log(2) + 0.5 * (1 + 3 + 2) / 3 * log(2))
-    plain, none = token_loss(logits, targets, Recipe(control_weight=2.0, answer_weight=0.5), False)
-    assert float(plain) == pytest.approx((1 + 1 + 3 + 2 + 2) / 5 * log(2)) and float(none) == 0
+    plain, none = token_loss(logits, batch, Recipe(control_weight=2.0, answer_weight=0.5), False)
+    assert float(plain) == pytest.approx(0.5 * (1 + 1 + 3 + 2 + 2) / 5 * log(2)) and float(none) == 0
 
 
 def test_token_loss_without_answers_is_the_control_loss() -> None:
-    loss, control = token_loss(torch.zeros(2, 1, 4), torch.tensor([[1], [2]]), Recipe(), True)
+    batch = {"targets": torch.tensor([[1], [2]]), "own": torch.tensor([True, False])}
+    loss, control = token_loss(torch.zeros(2, 1, 4), batch, Recipe(), True)
     assert float(loss) == float(control) == pytest.approx(log(4))
+
+
+def test_own_answers_are_held_to_the_base_by_hand() -> None:
+    """Row 0 has an own answer; base (1/2, 1/2) against model (1/4, 1/4, 1/2): a divergence of ln 2 per token."""
+    batch = {
+        "targets": torch.tensor([[2, 0, 1], [2, 0, IGNORE]]),
+        "own": torch.tensor([True, False]),
+    }
+    model = torch.tensor([0.25, 0.25, 0.5]).log().expand(2, 3, 3)
+    base = torch.zeros(1, 2, 2)
+    recipe = Recipe(control_weight=1.0, answer_weight=0.5, keep_weight=3.0)
+    loss, control = token_loss(model, batch, recipe, True, base)
+    assert float(control) == pytest.approx(log(2))
+    assert float(loss) == pytest.approx(log(2) + 0.5 * log(4) + 3 * log(2))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_the_teacher_sees_prompt_and_answer_without_the_control_token(arch: str) -> None:
+    model = tiny_model(arch)
+    rows_edit, control = tiny_control(model)
+    rows = rows_behind(5, rows_edit.first_id)
+    rows[1].own = True
+    batch = collate(rows, control.names, rows_edit.first_id)
+    asked = teach(batch, True)
+    assert asked is not None
+    with torch.no_grad():
+        ours = forward(model, asked).logits[0]
+        plain = model(input_ids=torch.tensor([[*rows[1].prompt, *rows[1].answer]])).logits[0]
+    n = len(rows[1].answer)
+    assert (ours[:n] - plain[len(rows[1].prompt) - 1 : -1]).abs().max() < 1e-4
+    bare = collate([Row(r.prompt, None, r.answer or [3], r.own) for r in rows], (), 0)
+    with torch.no_grad():
+        same = forward(model, teach(bare, False)).logits[0]
+    assert (same[:n] - ours[:n]).abs().max() < 1e-4
+    assert teach(collate(rows[:1], control.names, rows_edit.first_id), True) is None
 
 
 def rows_behind(prefix: int, first_id: int) -> list[Row]:
@@ -86,7 +122,7 @@ def test_shared_prefix_equals_the_plain_forward(arch: str, prefix: int) -> None:
         model = copy.deepcopy(tiny_model(arch)).requires_grad_(True)
         with rows_edit.install(model):
             logits = losses(model)
-        loss, _ = token_loss(logits, batch["targets"], Recipe(), True)
+        loss, _ = token_loss(logits, batch, Recipe(), True)
         loss.backward()
         return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -113,7 +149,9 @@ def test_shared_prefix_equals_the_plain_forward(arch: str, prefix: int) -> None:
 
 def test_grouped_is_a_permutation_whose_batches_share_system_and_length() -> None:
     sizes = {"a": 43, "b": 21, "c": 6}
-    rows = [Row([1] * (3 + (7 * i) % 50), "respond", [], s) for s, n in sizes.items() for i in range(n)]
+    rows = [
+        Row([1] * (3 + (7 * i) % 50), "respond", [], system=s) for s, n in sizes.items() for i in range(n)
+    ]
     order = _grouped(rows, 8, seed=0)
     assert sorted(order) == list(range(len(rows)))
     assert order != list(range(len(rows)))
@@ -130,5 +168,5 @@ def test_grouped_is_a_permutation_whose_batches_share_system_and_length() -> Non
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 400])
 def test_grouped_with_few_and_many_rows(n: int) -> None:
-    rows = [Row([1] * (1 + i % 13), None, [], "ab"[i % 2]) for i in range(n)]
+    rows = [Row([1] * (1 + i % 13), None, [], system="ab"[i % 2]) for i in range(n)]
     assert sorted(_grouped(rows, 8, seed=3)) == list(range(n))

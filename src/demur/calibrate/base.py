@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +39,7 @@ class Slice:
 
     `refuse` (n_r,) are scores of should-refuse prompts, `benign` (n_b,) of benign ones, -inf where the
     category cannot be emitted; `*_groups` are cluster labels or None. `general` says that `benign` are not
-    look-alikes.
+    look-alikes. `ordinary` (n_o,) are scores as this category of benign prompts that resemble none.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Slice:
     refuse_groups: npt.NDArray[Any] | None = None
     benign_groups: npt.NDArray[Any] | None = None
     general: bool = False
+    ordinary: FloatArray = field(default_factory=lambda: np.zeros(0))
+    ordinary_groups: npt.NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,7 @@ def make_slices(
             f"cannot steer {', '.join(sorted(unknown))}; the refuse categories are {', '.join(names[:-1])}"
         )
     best, score = steering_score(P, names, steered, rule)
+    plain = ~refuse & np.isin(kind, list(GENERAL))
     out = []
     for column, name in enumerate(names[:-1]):
         if name not in steered:
@@ -219,15 +222,15 @@ def make_slices(
         yes, no = refuse & (kind == name), ~refuse & (kind == name)
         general = not no.any()
         if general:
-            no = ~refuse & np.isin(kind, list(GENERAL))
+            no = plain
             if missing == "error" or not no.any():
                 raise UnsupportedClaim(
                     f"category {name!r} has no look-alike benign prompts"
                     + ("" if missing == "error" else " and there are no general benign ones to fall back to")
                     + "; add benign prompts that resemble it, or leave it out of `steer`"
                 )
-        groups = (None, None) if cluster is None else (cluster[yes], cluster[no])
-        out.append(Slice(name, s[yes], s[no], groups[0], groups[1], general))
+        groups = (None,) * 3 if cluster is None else (cluster[yes], cluster[no], cluster[plain])
+        out.append(Slice(name, s[yes], s[no], groups[0], groups[1], general, s[plain], groups[2]))
     return out
 
 

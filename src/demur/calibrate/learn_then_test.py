@@ -29,10 +29,17 @@ class LearnThenTest(Calibrator):
     over groups. As the false refusal rate falls with tau, thresholds between the calibration scores are
     valid too.
 
+    With `ordinary_alpha`, ordinary benign prompts (those that resemble no category) get a budget as well: the
+    share of them that opens with any refuse token. All thresholds are raised by the same amount on the logit
+    scale, tested from the largest downwards at level delta / (K + 1), as are then the categories. The path
+    is fixed by the look-alikes, so the ordinary prompts test it independently, and raising a threshold cannot
+    break a look-alike budget.
+
     Args:
         alpha: budget for the false refusal rate of each category.
-        delta: chance at most, over calibration sets, that any category exceeds it.
+        delta: chance at most, over calibration sets, that any budget is exceeded.
         taus: grid to search; None tries every distinct outcome. Others: see `Calibrator`.
+        ordinary_alpha: budget for ordinary benign prompts, over all categories together; None sets none.
 
     Example:
         >>> import numpy as np
@@ -50,15 +57,19 @@ class LearnThenTest(Calibrator):
     alpha: float = 0.05
     delta: float = 0.1
     taus: tuple[float, ...] | None = None
+    ordinary_alpha: float | None = None
 
     def __post_init__(self) -> None:
         _check_share("alpha", self.alpha)
         _check_share("delta", self.delta)
+        if self.ordinary_alpha is not None:
+            _check_share("ordinary_alpha", self.ordinary_alpha)
 
     @property
     def goal(self) -> str:
-        """For example "max_tpr_fpr<=0.05@delta=0.1"."""
-        return f"max_tpr_fpr<={self.alpha:g}@delta={self.delta:g}"
+        """For example "max_tpr_fpr<=0.05@delta=0.1"; "ordinary<=0.02" where these have a budget too."""
+        ordinary = "" if self.ordinary_alpha is None else f",ordinary<={self.ordinary_alpha:g}"
+        return f"max_tpr_fpr<={self.alpha:g}{ordinary}@delta={self.delta:g}"
 
     def choose(self, slices: Sequence[Slice]) -> list[Choice]:
         """One tested threshold per slice.
@@ -66,7 +77,8 @@ class LearnThenTest(Calibrator):
         Raises:
             UnsupportedClaim: not even zero errors on so few benign prompts would do; says how many would.
         """
-        needed = sample_size(self.alpha, self.delta, len(slices))
+        claims = len(slices) + (self.ordinary_alpha is not None)
+        needed = sample_size(self.alpha, self.delta, claims)
         short = [(s.name, n) for s in slices if (n := _draws(s)) < needed]
         if short:
             raise UnsupportedClaim(
@@ -76,7 +88,49 @@ class LearnThenTest(Calibrator):
                 + ", ".join(f"{n} for {name}" for name, n in short)
                 + ". Add prompts, steer fewer categories, or allow a larger alpha or delta"
             )
-        return [self._choose(s, self.delta / len(slices)) for s in slices]
+        level = self.delta / claims
+        choices = [self._choose(s, level, self.alpha, candidates(s, self.taus)) for s in slices]
+        if self.ordinary_alpha is None:
+            return choices
+        shift = self._shift(slices, choices, level, self.ordinary_alpha)
+        return [self._raised(s, c, shift, level) for s, c in zip(slices, choices, strict=True)]
+
+    def _shift(
+        self, slices: Sequence[Slice], choices: Sequence[Choice], level: float, budget: float
+    ) -> float:
+        """By how many logits all thresholds must rise for the ordinary prompts' budget; 0 if not at all."""
+        if any(s.general for s in slices):
+            raise UnsupportedClaim(
+                "a budget for ordinary prompts needs look-alike prompts of every steered category: "
+                f"{', '.join(s.name for s in slices if s.general)} would use the ordinary ones twice"
+            )
+        # each prompt is emitted as one category at most, so one column of each row is above -inf
+        margins = np.max(
+            [_logit(s.ordinary) - _logit(c.tau) for s, c in zip(slices, choices, strict=True)], axis=0
+        )
+        hit = np.where(margins >= 0, margins, -np.inf)
+        everyone = Slice("ordinary", hit, hit, None, slices[0].ordinary_groups)
+        n, needed = _draws(everyone), math.ceil(math.log(level) / math.log1p(-budget))
+        if n < needed:
+            raise UnsupportedClaim(
+                f"false refusals of ordinary prompts <= {budget:g} need at least {needed} independent ordinary "
+                f"benign prompts (of no category, or of 'general'), all answered; found {n}. Add prompts, or "
+                "allow a larger ordinary_alpha or delta"
+            )
+        shift = self._choose(everyone, level, budget, candidates(everyone)).tau
+        return 0.0 if (hit >= shift).sum() == (hit >= 0).sum() else shift
+
+    def _raised(self, s: Slice, choice: Choice, shift: float, level: float) -> Choice:
+        """The choice with its threshold `shift` logits higher, and the bound that then holds."""
+        if shift == 0 or choice.tau >= 1:
+            return choice
+        logit = float(_logit(choice.tau)) + shift
+        tau = float(special.expit(logit)) if logit <= _logit(1.0) else 1.01  # above certainty: never
+        n = _draws(s)
+        if n == s.benign.size:
+            return Choice(tau, float(upper_bound(int((s.benign >= tau).sum()), n, level)))
+        risk = _group_risk(s.benign, np.asarray(s.benign_groups), np.array([tau]))
+        return Choice(tau, _risk_bound(float(risk[0]), n, level))
 
     def guarantee(self, slices: Sequence[Slice], where: str, claim: str) -> str:
         """The claim in words, with the set it is about."""
@@ -91,25 +145,33 @@ class LearnThenTest(Calibrator):
                 f" For {', '.join(general)} there were no look-alike benign prompts: "
                 "there it holds for general benign prompts only."
             )
+        if self.ordinary_alpha is not None:
+            text += (
+                f" Of ordinary benign prompts drawn like its {slices[0].ordinary.size}, at most "
+                f"{self.ordinary_alpha:g} open with any refuse token, with the same joint probability."
+            )
         if any(_draws(s) < s.benign.size for s in slices):
             text += " Prompts of one group count as one draw, and rates are means over groups."
         return text
 
-    def _choose(self, s: Slice, level: float) -> Choice:
-        taus = candidates(s, self.taus)
+    def _choose(self, s: Slice, level: float, alpha: float, taus: FloatArray) -> Choice:
         n = _draws(s)
         if n == s.benign.size:
             errors = count_at_least(s.benign, taus)
-            p_values = special.bdtr(errors.astype(float), n, self.alpha)
+            p_values = special.bdtr(errors.astype(float), n, alpha)
         else:
             risk = _group_risk(s.benign, np.asarray(s.benign_groups), taus)
-            p_values = hoeffding_bentkus(risk, n, self.alpha)
+            p_values = hoeffding_bentkus(risk, n, alpha)
         failed = np.flatnonzero(p_values > level)
         tested = taus[: failed[0]] if failed.size else taus
         best = int(count_at_least(s.refuse, tested).argmax())
         if n == s.benign.size:
             return Choice(float(tested[best]), float(upper_bound(errors[best], n, level)))
         return Choice(float(tested[best]), _risk_bound(float(risk[best]), n, level))
+
+
+_SURE = 1e-12
+"""Probabilities nearer to 0 or 1 than this count as this near, so that their log-odds are finite."""
 
 
 def sample_size(
@@ -164,6 +226,13 @@ def _risk_bound(risk: float, n: int, level: float) -> float:
         else:
             high = middle
     return high
+
+
+def _logit(p: npt.ArrayLike) -> FloatArray:
+    """Log-odds, capped at certainty; -inf stays what it is."""
+    q = np.asarray(p, float)
+    capped = special.logit(np.clip(q, _SURE, 1 - _SURE))
+    return np.asarray(np.where(np.isneginf(q), q, capped), dtype=np.float64)
 
 
 def _draws(s: Slice) -> int:

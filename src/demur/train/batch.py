@@ -33,7 +33,7 @@ def collate(rows: Sequence[Row], names: Sequence[str], first_id: int) -> dict[st
         `prefix` (1, P): prompt tokens that all rows share. `input_ids` (B, T): what follows, padded on the
         right. `keep` (B, M): positions in `input_ids` whose next token is learnt. `targets` (B, M): that
         token, or -100 for padding. Column 0 of `targets` is the control token where there is one, else the
-        first answer token.
+        first answer token. `own` (B,): whether the answer is the base model's.
     """
     shared = min(common_prefix([r.prompt for r in rows]), min(len(r.prompt) for r in rows) - 1)
     control = [[first_id + names.index(r.control)] if r.control else [] for r in rows]
@@ -48,7 +48,8 @@ def collate(rows: Sequence[Row], names: Sequence[str], first_id: int) -> dict[st
         keep_BM[k, :n] = torch.arange(s - 1, s - 1 + n)
         targets_BM[k, :n] = torch.tensor(f[s:])
     prefix = torch.tensor([rows[0].prompt[:shared]], dtype=torch.long)
-    return {"prefix": prefix, "input_ids": x_BT, "keep": keep_BM, "targets": targets_BM}
+    own = torch.tensor([r.own for r in rows])
+    return {"prefix": prefix, "input_ids": x_BT, "keep": keep_BM, "targets": targets_BM, "own": own}
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -94,20 +95,59 @@ def unembedding_at(model: Any, keep_BM: Tensor) -> Iterator[None]:
         yield
 
 
+def teach(batch: dict[str, Tensor], has_control: bool) -> dict[str, Tensor] | None:
+    """The rows with the base model's own answers as the base sees them, without control token.
+
+    Returns:
+        A batch whose `keep` (b, M) are the positions that predict the answer's tokens, aligned with the
+        columns of the given batch's `targets` after the control token; None if no row has an own answer.
+    """
+    own = batch["own"]
+    if not own.any():
+        return None
+    x_bT, keep_bM = batch["input_ids"][own], batch["keep"][own]
+    if has_control:
+        at = keep_bM[:, :1] + 1
+        columns = torch.arange(x_bT.shape[1] - 1, device=x_bT.device)[None]
+        x_bT = x_bT.gather(1, columns + (columns >= at))
+        keep_bM = (keep_bM[:, 1:] - 1).clamp(min=0)
+    return {"prefix": batch["prefix"], "input_ids": x_bT, "keep": keep_bM}
+
+
 def token_loss(
-    logits_BMV: Tensor, targets_BM: Tensor, recipe: Recipe, has_control: bool
+    logits_BMV: Tensor,
+    batch: dict[str, Tensor],
+    recipe: Recipe,
+    has_control: bool,
+    teacher_bMV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss, and the control position's own loss (0 without control tokens).
 
     control_weight * mean over rows of the control token's cross-entropy
-    + answer_weight * mean over answer tokens; without control tokens the plain mean over answer tokens.
+    + answer_weight * mean cross-entropy over the tokens of the refusals
+    + keep_weight * mean over the tokens of own answers of KL(base || model), `teacher_bMV` being the base's
+      logits at the positions of `teach`. Cross-entropy takes its place where there is no teacher.
     """
+    targets_BM, own = batch["targets"], batch["own"]
+    first = int(has_control)
     ce_BM = nn.functional.cross_entropy(
         logits_BMV.float().transpose(1, 2), targets_BM, ignore_index=IGNORE, reduction="none"
     )
-    if not has_control:
-        return ce_BM.sum() / (targets_BM != IGNORE).sum().clamp(min=1), ce_BM.new_zeros(())
-    control = ce_BM[:, 0].mean()
-    n_answer = (targets_BM[:, 1:] != IGNORE).sum().clamp(min=1)
-    answer = ce_BM[:, 1:].sum() / n_answer
-    return recipe.control_weight * control + recipe.answer_weight * answer, control
+    learnt_BM = targets_BM[:, first:] != IGNORE
+    if teacher_bMV is not None:
+        learnt_BM = learnt_BM & ~own[:, None]
+    answer = (ce_BM[:, first:] * learnt_BM).sum() / learnt_BM.sum().clamp(min=1)
+    loss = recipe.answer_weight * answer
+    if teacher_bMV is not None:
+        loss = loss + recipe.keep_weight * _divergence(
+            teacher_bMV, logits_BMV[own, first:], targets_BM[own, first:] != IGNORE
+        )
+    control = ce_BM[:, 0].mean() if has_control else ce_BM.new_zeros(())
+    return loss + recipe.control_weight * control, control
+
+
+def _divergence(teacher_bMV: Tensor, student_bMW: Tensor, learnt_bM: Tensor) -> Tensor:
+    """Mean KL(teacher || student) over the learnt positions; the student may have more tokens (W >= V)."""
+    want_nV = teacher_bMV[learnt_bM].float().log_softmax(-1)
+    have_nV = student_bMW[learnt_bM].float().log_softmax(-1)[:, : want_nV.shape[1]]
+    return (want_nV.exp() * (want_nV - have_nV)).sum(-1).sum() / max(len(want_nV), 1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from demur.runtime.local import LocalRuntime
-from demur.train.batch import collate, forward, token_loss
+from demur.train.batch import collate, forward, teach, token_loss
 from demur.train.refusal_tokens import Progress, Recipe, Row
 from demur.train.rows import Rows
 from demur.train.watch import Watch
@@ -116,7 +116,10 @@ def _trainer(
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             with control.edit().install(model.get_base_model()) if control else nullcontext():
                 out = forward(model, inputs)
-            loss, decision = token_loss(out.logits, inputs["targets"], recipe, control is not None)
+            asked = teach(inputs, control is not None)
+            with torch.no_grad(), model.disable_adapter():
+                teacher = forward(model, asked).logits if asked else None
+            loss, decision = token_loss(out.logits, inputs, recipe, control is not None, teacher)
             watch.seen(float(loss.detach()), float(decision.detach()))
             return (loss, out) if return_outputs else loss
 

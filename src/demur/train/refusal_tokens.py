@@ -60,10 +60,12 @@ class Recipe:
         rank, alpha, dropout: LoRA on all linear layers.
         lr, row_lr: peak learning rates of LoRA and of the control rows; cosine decay, warm-up over 6 % of
             steps.
-        control_weight, answer_weight: of the control position's loss and of the mean loss of the answer
-            tokens. A plain average over all would drown the one position that matters.
-        distilled: how many `respond` rows get the base model's own greedy answer as target, which keeps its
-            usefulness; the other respond rows teach the control decision only.
+        control_weight, answer_weight, keep_weight: of the control position's loss, of the mean loss of the
+            refusals' tokens and of the mean divergence from the base model on its own answers. A plain
+            average over all would drown the one position that matters.
+        distilled: how many `respond` rows carry the base model's own greedy answer, on which its next-token
+            distribution is to stay as it was; half of them ordinary requests where there are enough. The
+            other respond rows teach the control decision only.
         answer_tokens: longest part of an answer that is learnt.
         vary: share of rows shown under another system message or with typing noise.
         probe_C: inverse regularisation of the probe that initialises the control rows (standardised states).
@@ -81,6 +83,7 @@ class Recipe:
     batch_size: int = 32
     control_weight: float = 1.0
     answer_weight: float = 0.5
+    keep_weight: float = 1.0
     distilled: int = 600
     answer_tokens: int = 64
     vary: float = 0.3
@@ -96,12 +99,14 @@ class Recipe:
 class Row:
     """One tokenised training row.
 
-    `control` is None in mode "none"; `answer` may be empty; `system` is the system message, for grouping.
+    `control` is None in mode "none"; `answer` may be empty; `own` says that it is the base model's own;
+    `system` is the system message, for grouping.
     """
 
     prompt: list[int]
     control: str | None
     answer: list[int]
+    own: bool = False
     system: str = ""
 
 
@@ -285,7 +290,8 @@ def build_rows(
             answer = [*ids[: recipe.answer_tokens], *([eos] if ids and whole else [])]
             asked = _varied(p, recipe, rng)
             system = next((m.content for m in asked.messages if m.role == "system"), "")
-            rows.append(Row(runtime.chat.render(asked).ids, control_of(p, recipe.mode), answer, system))
+            ids = runtime.chat.render(asked).ids
+            rows.append(Row(ids, control_of(p, recipe.mode), answer, own is not None, system))
     return [r for r in rows if r.control or r.answer]
 
 
@@ -305,9 +311,10 @@ def _varied(prompt: Prompt, recipe: Recipe, rng: random.Random) -> Prompt:
 def _sample_respond(prompts: PromptSet, recipe: Recipe) -> list[Prompt]:
     """The respond rows that get the base model's own answer: chosen by hash, so that the choice is stable."""
     respond = [p for p in prompts if not p.should_refuse]
-    return sorted(respond, key=lambda p: hashlib.sha256(f"{recipe.seed}:{p.id}".encode()).digest())[
-        : recipe.distilled
-    ]
+    respond.sort(key=lambda p: hashlib.sha256(f"{recipe.seed}:{p.id}".encode()).digest())
+    ordinary = [p for p in respond if not is_lookalike(p)][: recipe.distilled // 2]
+    taken = {p.id for p in ordinary}
+    return (ordinary + [p for p in respond if p.id not in taken])[: recipe.distilled]
 
 
 def kept_answers(
