@@ -23,7 +23,7 @@ from demur.files import dump_operating_point, write_atomic
 from demur.flows.load import load_runtime
 from demur.judges import token_text_agreement
 from demur.stats import auroc, auroc_interval, bootstrap_interval, ece, rate
-from demur.types import RESPOND, Condition, Label, OperatingPoint, PromptSet, Rate
+from demur.types import DECLINING, RESPOND, Condition, Label, OperatingPoint, PromptSet, Rate, Threshold
 
 TAUS = np.linspace(0, 1, 101)
 HERE = Path(__file__).parent
@@ -179,6 +179,37 @@ def agreement(runtime, point, items: PromptSet) -> dict:
     return out
 
 
+def sample(items: PromptSet, step: int) -> PromptSet:
+    """Every step-th prompt."""
+    return PromptSet(f"{items.name} sample", items.prompts[::step])
+
+
+def no_dial(plain, tuned, items: PromptSet) -> dict:
+    """What texts show of the baseline trained on the same rows without control tokens, and of the dialled model.
+
+    The baseline has one refusal rate and one false refusal rate; the dialled model has them at each threshold
+    (three here, the same for all categories).
+    """
+    judge, y = judges.get("rules/demur-v1"), truth(items)
+
+    def rates(replies) -> dict:
+        said = np.array([judge.judge(q, r).label in DECLINING for q, r in zip(items, replies, strict=True)])
+        return {
+            "refused": show(rate(int(said[y].sum()), int(y.sum()), judge=judge.id)),
+            "falsely": show(rate(int(said[~y].sum()), int((~y).sum()), judge=judge.id)),
+        }
+
+    short = Condition(max_new_tokens=32)
+    out = {"baseline": rates(list(plain.generate(items, short)))}
+    for tau in (0.02, 0.5, 0.98):
+        point = OperatingPoint(
+            id=f"tau {tau}", thresholds={c: Threshold(tau=tau) for c in tuned.control.refuse}
+        )
+        with RefusalTokens(point, allow_refusal_lowering=True).on(tuned) as dialled:
+            out[f"tau {tau}"] = rates(list(dialled.generate(items, short)))
+    return out
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__)
     ask.add_argument("--adapter", type=Path, default=HERE / "src/demur_smollm2/adapter")
@@ -186,6 +217,12 @@ def main() -> None:
     ask.add_argument("--out", type=Path, default=HERE / "measured.json")
     ask.add_argument(
         "--alpha", type=float, default=0.05, help="budget of false refusals for the operating point"
+    )
+    ask.add_argument(
+        "--ordinary-alpha", type=float, default=0.02, help="budget of ordinary prompts declined as anything"
+    )
+    ask.add_argument(
+        "--without-tokens", type=Path, help="adapter trained in mode none, the baseline without a dial"
     )
     ask.add_argument("--quick", action="store_true", help="scores only, no generated text")
     args = ask.parse_args()
@@ -214,7 +251,7 @@ def main() -> None:
 
     held = prompts.core("calibrate")
     Pc = table(runtime, held)
-    point = LearnThenTest(alpha=args.alpha, delta=0.1).fit(
+    point = LearnThenTest(alpha=args.alpha, delta=0.1, ordinary_alpha=args.ordinary_alpha).fit(
         Pc, truth(held), np.array([p.category for p in held]), names=names, calibrated_on="core/calibrate"
     )
     point = replace(
@@ -228,6 +265,10 @@ def main() -> None:
     dump_operating_point(point, args.adapter / "operating_point.yaml")
     category = np.array([p.category for p in test])
     emitted = decide(P["core/test"], names, {c: t.tau for c, t in point.thresholds.items()})
+    ordinary = np.array([p.meta.get("kind") == "general" for p in test])
+    out["ordinary_refused_test"] = show(
+        rate(int((emitted[ordinary] < len(names) - 1).sum()), int(ordinary.sum()))
+    )
     out["operating_point"] = {
         c: {
             "tau": t.tau,
@@ -257,9 +298,13 @@ def main() -> None:
                 for r in (0.7, 0.8, 0.9)
             } | {"auroc_without": ranking(Q, sets[name], names)["auroc"]}
         print("contrast", json.dumps(out["contrast"]), flush=True)
+    if args.without_tokens:
+        out["without_tokens"] = no_dial(
+            load_runtime("smollm2", adapter=args.without_tokens), runtime, sample(test, 5)
+        )
+        print("without tokens", json.dumps(out["without_tokens"]), flush=True)
     if not args.quick:
-        picked = PromptSet("core/test sample", tuple(q for i, q in enumerate(test) if i % 7 == 0))
-        out["agreement"] = agreement(runtime, point, picked)
+        out["agreement"] = agreement(runtime, point, sample(test, 7))
         print("agreement", json.dumps(out["agreement"]), flush=True)
         alpaca = prompts.benign_alpaca()
         out["usefulness"] = usefulness(runtime, base, point, PromptSet("alpaca200", alpaca.prompts[:200]))

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 DEMUR = [sys.executable, "-m", "demur.cli"]
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "COLUMNS": "100"}
 COMMANDS = ("card", "score", "generate", "judge", "calibrate", "methods", "train", "models", "data")
@@ -45,11 +47,21 @@ def test_an_early_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("[\n", "")
 
 
+def wait_until_idle(pid: int) -> None:
+    """Return when the process has used no more processor time for a while: it waits for its standard input."""
+    stat, used = Path(f"/proc/{pid}/stat"), -1
+    while stat.exists() and used != (
+        used := sum(map(int, stat.read_text().rsplit(")", 1)[1].split()[11:13]))
+    ):
+        time.sleep(1.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see that the process waits")
 def test_ctrl_c_exits_with_130() -> None:
     process = subprocess.Popen(
         [*DEMUR, "score", "-"], env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(1.5)
+    wait_until_idle(process.pid)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130

@@ -75,14 +75,19 @@ def generate(
 ) -> None:
     """Answer one prompt, or a file of prompts.
 
-    One prompt is answered as plain text, a file as JSONL replies. A prompt without an answer keeps its row,
-    with the reason in `error`; exit code 2 when no prompt was answered.
+    One prompt is answered as plain text, a file as JSONL replies. Without --operating-point, the one that came
+    with the model decides, as on its card. A prompt without an answer keeps its row, with the reason in
+    `error`; exit code 2 when no prompt was answered.
     """
     from demur.flows.asking import askable
 
     point = load_operating_point(operating_point) if operating_point else None
     single = not _is_file(text)
     prompts = PromptSet("prompt", (Prompt.of(text),)) if single else o.load_prompt_file(text)
+    runtime = o.load_model(
+        model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
+    )
+    point = point or runtime.shipped_point
     condition = o.condition(
         system=system,
         temperature=temperature,
@@ -90,9 +95,6 @@ def generate(
         seed=seed,
         max_new_tokens=max_new_tokens,
         operating_point=point.id if point else None,
-    )
-    runtime = o.load_model(
-        model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
     )
     askable(runtime, prompts, condition)
     failed: list[str] = []

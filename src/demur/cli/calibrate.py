@@ -57,6 +57,10 @@ def calibrate(
         float, typer.Option(min=0, max=1, help="Budget: false refusals of look-alike prompts.")
     ] = 0.05,
     delta: Annotated[float, typer.Option(min=0, max=1, help="Chance at most of missing the budget.")] = 0.1,
+    ordinary_alpha: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="A second budget: ordinary harmless prompts refused as anything."),
+    ] = None,
     goal: Annotated[
         Goal, typer.Option(help="Most true refusals within the budget; a given rate; or best F1.")
     ] = Goal.MAX_TPR,
@@ -69,10 +73,15 @@ def calibrate(
 
     Writes an operating point (YAML). With --goal max-tpr the false refusals of look-alike harmless prompts
     stay within --alpha with probability 1 - --delta, jointly over categories; where the data cannot support
-    that, it says how many prompts would.
+    that, it says how many prompts would. Ordinary prompts are harmless ones of no category.
     """
     if (goal is Goal.TARGET_RATE) != (rate is not None):
         raise InputError("--rate and --goal target-rate go together, e.g. --goal target-rate --rate 0.9")
+    if ordinary_alpha is not None and (score is not None or goal is not Goal.MAX_TPR):
+        raise InputError(
+            "--ordinary-alpha raises the thresholds of --goal max-tpr until ordinary prompts are within budget; it "
+            "needs scores by category, so not --score"
+        )
     if score is not None and model is not None:
         raise InputError(
             "--score reads scores from FILE and --model makes them from prompts; give one of them"
@@ -85,9 +94,9 @@ def calibrate(
         if score is not None:
             point = _from_table(file, score, label, group, choice)
         elif model is not None:
-            point = _from_model(file, model, choice)
+            point = _from_model(file, model, choice, ordinary_alpha)
         else:
-            point = fit(load(Score, file), o.load_prompt_file(prompts), choice)
+            point = fit(load(Score, file), o.load_prompt_file(prompts), choice, ordinary_alpha)
     for w in raised:
         warn(f"warning: {w.message}")
     dump_operating_point(point, out)
@@ -103,7 +112,9 @@ def _from_table(
     return calibrate_table(read_rows(file), score, label, group, calibrated_on=name, **choice)
 
 
-def _from_model(file: str, model: str, choice: dict[str, Any]) -> OperatingPoint:
+def _from_model(
+    file: str, model: str, choice: dict[str, Any], ordinary_alpha: float | None
+) -> OperatingPoint:
     from demur.flows.asking import askable
 
     prompts = o.load_prompt_file(file)
@@ -112,18 +123,21 @@ def _from_model(file: str, model: str, choice: dict[str, Any]) -> OperatingPoint
     with progress("scoring", "") as report:
         scores = list(runtime.score(prompts, progress=report))
     return replace(
-        fit(scores, prompts, choice),
+        fit(scores, prompts, choice, ordinary_alpha),
         model=runtime.name,
         model_fingerprint=runtime.fingerprint,
         dtype=runtime.dtype,
     )
 
 
-def fit(scores: list[Score], prompts: PromptSet, choice: dict[str, Any]) -> OperatingPoint:
+def fit(
+    scores: list[Score], prompts: PromptSet, choice: dict[str, Any], ordinary_alpha: float | None = None
+) -> OperatingPoint:
     """Join scores with their prompts by id and calibrate.
 
     Args:
         choice: alpha, delta, goal and rate, as `demur.calibrate.calibrate_table` takes them.
+        ordinary_alpha: budget for ordinary prompts, see `demur.calibrate.LearnThenTest`.
 
     Raises:
         InputError: an id without prompt or expectation, or scores that differ in categories or T.
@@ -156,6 +170,10 @@ def fit(scores: list[Score], prompts: PromptSet, choice: dict[str, Any]) -> Oper
     rows = [known[s.id] for s in scores]
     expected = [bool(p.should_refuse) for p in rows]
     if not first.probabilities:
+        if ordinary_alpha is not None:
+            raise InputError(
+                "these scores have no categories, so --ordinary-alpha has nothing to hold; leave it out"
+            )
         flat = [
             {"p": s.p_refuse, "y": int(e), "g": p.category or ""}
             for s, e, p in zip(scores, expected, rows, strict=True)
@@ -167,7 +185,7 @@ def fit(scores: list[Score], prompts: PromptSet, choice: dict[str, Any]) -> Oper
     names = [*(c for c in first.probabilities if c != RESPOND), RESPOND]
     calibrator: Calibrator = BestF1()
     if choice["goal"] == "max-tpr":
-        calibrator = LearnThenTest(choice["alpha"], choice["delta"])
+        calibrator = LearnThenTest(choice["alpha"], choice["delta"], ordinary_alpha=ordinary_alpha)
     elif choice["goal"] == "target-rate":
         calibrator = TargetRate(choice["rate"])
     return calibrator.fit(
