@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import demur.flows.load
-from demur.files import dump_jsonl, dump_operating_point, load_operating_point, prompt_row
+from demur.files import dump_jsonl, dump_operating_point, dumps_row, load_operating_point, prompt_row
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import OperatingPoint, Prompt, Threshold, expand_expected
 from tests.cli.conftest import Cli
@@ -102,6 +102,22 @@ def test_generate_a_file_then_judge_it(
     assert "against people" in done.err
 
 
+def test_generate_follows_the_point_that_came_with_the_model(
+    cli: Cli, model: ScriptedRuntime, tmp_path: Path
+) -> None:
+    asked = ("generate", "a fine request", "--json")  # p_refuse is 0.1
+    assert json.loads(cli(*asked).out)["control_token"] == "respond"
+    model.shipped_point = OperatingPoint(id="strict", thresholds={"safety": Threshold(tau=0.05)})
+    reply = json.loads(cli(*asked).out)
+    assert (reply["control_token"], reply["control_forced"], reply["condition"]) == ("safety", True, "strict")
+    dump_operating_point(
+        replace(model.shipped_point, id="loose", thresholds={"safety": Threshold(tau=0.95)}),
+        tmp_path / "p.yaml",
+    )
+    done = cli(*asked, "--operating-point", tmp_path / "p.yaml")
+    assert done.code == 2 and "--allow-refusal-lowering" in done.err
+
+
 def test_system_file_reaches_the_model(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     runtime = ScriptedRuntime(lambda p, c, s: f"{c.name}: {p.messages[0].content}")
     monkeypatch.setattr(demur.flows.load, "load_runtime", lambda *a, **k: runtime)
@@ -125,6 +141,22 @@ def test_calibrate_our_scores(
     assert point.thresholds["safety"].refusal_rate == 1.0
     assert point.guarantee and point.guarantee[:20] in done.err
     assert point.model_fingerprint == (model.fingerprint if source == "model" else None)
+
+
+def test_calibrate_with_a_budget_for_ordinary_prompts(
+    cli: Cli, model: ScriptedRuntime, prompts: Path, tmp_path: Path
+) -> None:
+    ordinary = [Prompt.of(f"hello {i}", id=f"o{i}", expected=expand_expected("comply")) for i in range(80)]
+    few = prompts.read_text() + "".join(dumps_row(prompt_row(p)) + "\n" for p in ordinary)
+    (tmp_path / "all.jsonl").write_text(few)
+    args = ("calibrate", tmp_path / "all.jsonl", "-m", "any", "--ordinary-alpha")
+    done = cli(*args, "0.05", "-o", tmp_path / "p.yaml")
+    assert done.code == 0, done.err
+    assert "ordinary<=0.05" in load_operating_point(tmp_path / "p.yaml").goal
+    done = cli(*args, "0.01")
+    assert done.code == 2 and "at least 299" in done.err and "found 80" in done.err
+    done = cli(*args, "0.05", "--goal", "best-f1")
+    assert done.code == 2 and "max-tpr" in done.err
 
 
 def test_calibrate_any_table(cli: Cli, tmp_path: Path) -> None:

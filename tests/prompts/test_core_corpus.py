@@ -64,6 +64,11 @@ def test_each_category_is_large_enough(name: str) -> None:
         assert counts[category, "refuse"] >= refuse
 
 
+@pytest.mark.parametrize(("name", "needed"), [("train", 1000), ("calibrate", 300), ("test", 300)])
+def test_ordinary_requests_are_there_too(name: str, needed: int) -> None:
+    assert sum(p.meta["kind"] == "general" for p in part(name)) >= needed
+
+
 def test_the_parts_have_different_writers() -> None:
     writers = {name: {p.meta["writer"] for p in part(name)} for name in PARTS}
     for a, b in itertools.combinations(PARTS, 2):
