@@ -18,9 +18,6 @@ from demur.runtime.forward import prefix_fits
 from demur.runtime.layers import hooked
 from demur.train.refusal_tokens import Recipe, Row
 
-IGNORE = -100
-"""Target of positions that are padding."""
-
 
 def collate(rows: Sequence[Row], names: Sequence[str], first_id: int) -> dict[str, Tensor]:
     """One batch of token ids.
@@ -31,25 +28,31 @@ def collate(rows: Sequence[Row], names: Sequence[str], first_id: int) -> dict[st
 
     Returns:
         `prefix` (1, P): prompt tokens that all rows share. `input_ids` (B, T): what follows, padded on the
-        right. `keep` (B, M): positions in `input_ids` whose next token is learnt. `targets` (B, M): that
-        token, or -100 for padding. Column 0 of `targets` is the control token where there is one, else the
-        first answer token. `own` (B,): whether the answer is the base model's.
+        right. For each of the N tokens to learn, row by row: `row` and `at`, the position in `input_ids` that
+        predicts it; `targets`, the token; `control`, whether it is the row's control token; `own`, whether it
+        belongs to an answer of the base model.
     """
     shared = min(common_prefix([r.prompt for r in rows]), min(len(r.prompt) for r in rows) - 1)
-    control = [[first_id + names.index(r.control)] if r.control else [] for r in rows]
-    full = [[*r.prompt[shared:], *c, *r.answer] for r, c in zip(rows, control, strict=True)]
-    starts = [len(r.prompt) - shared for r in rows]
-    M = max(len(f) - s for f, s in zip(full, starts, strict=True))
-    x_BT, _ = pad(full)
-    keep_BM = torch.zeros(len(rows), M, dtype=torch.long)
-    targets_BM = torch.full((len(rows), M), IGNORE)
-    for k, (f, s) in enumerate(zip(full, starts, strict=True)):
-        n = len(f) - s
-        keep_BM[k, :n] = torch.arange(s - 1, s - 1 + n)
-        targets_BM[k, :n] = torch.tensor(f[s:])
+    asked = [r.prompt[shared:] for r in rows]
+    taught = [[*([first_id + names.index(r.control)] if r.control else []), *r.answer] for r in rows]
+    x_BT, _ = pad([[*a, *t] for a, t in zip(asked, taught, strict=True)])
+    place = [
+        (k, len(a) - 1 + j, token, j == 0 and r.control is not None, r.own and not (j == 0 and r.control))
+        for k, (r, a, t) in enumerate(zip(rows, asked, taught, strict=True))
+        for j, token in enumerate(t)
+    ]
+    row, at, targets = torch.tensor([p[:3] for p in place]).reshape(-1, 3).T
+    control, own = torch.tensor([p[3:] for p in place]).reshape(-1, 2).T
     prefix = torch.tensor([rows[0].prompt[:shared]], dtype=torch.long)
-    own = torch.tensor([r.own for r in rows])
-    return {"prefix": prefix, "input_ids": x_BT, "keep": keep_BM, "targets": targets_BM, "own": own}
+    return {
+        "prefix": prefix,
+        "input_ids": x_BT,
+        "row": row,
+        "at": at,
+        "targets": targets,
+        "control": control,
+        "own": own,
+    }
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -62,16 +65,16 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def forward(model: Any, batch: dict[str, Tensor]) -> Any:
-    """The model's output with logits (B, M, V) at `keep`.
+    """The model's output with logits (N, V) of the tokens to learn: at (`row`, `at`) and nowhere else.
 
     The prefix that all rows share, about half of a short prompt, runs once; its keys and values are expanded
     and gradients flow through them. A prefix that a sliding window would cut runs within each row instead.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    prefix_1P, x_BT, keep_BM = batch["prefix"], batch["input_ids"], batch["keep"]
+    prefix_1P, x_BT, at = batch["prefix"], batch["input_ids"], batch["at"]
     B, P = len(x_BT), prefix_1P.shape[1]
     if P and not prefix_fits(base, P):
-        x_BT, keep_BM, P = torch.cat([prefix_1P.expand(B, -1), x_BT], dim=1), keep_BM + P, 0
+        x_BT, at, P = torch.cat([prefix_1P.expand(B, -1), x_BT], dim=1), at + P, 0
     cache = None
     if P:
         once = DynamicCache(config=base.config)
@@ -79,75 +82,64 @@ def forward(model: Any, batch: dict[str, Tensor]) -> Any:
         cache = DynamicCache(config=base.config)
         for k, layer in enumerate(once.layers):
             cache.update(layer.keys.expand(B, -1, -1, -1), layer.values.expand(B, -1, -1, -1), k)
-    with unembedding_at(base, keep_BM):
+    with unembedding_at(base, batch["row"], at):
         return model(input_ids=x_BT, past_key_values=cache, use_cache=cache is not None)
 
 
 @contextmanager
-def unembedding_at(model: Any, keep_BM: Tensor) -> Iterator[None]:
-    """Let the unembedding see the asked positions alone, which is most of the memory of a small model."""
+def unembedding_at(model: Any, row: Tensor, at: Tensor) -> Iterator[None]:
+    """Let the unembedding see N asked positions alone: most of the memory of a small model, and much time."""
 
     def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows = torch.arange(len(keep_BM), device=args[0].device)[:, None]
-        return (args[0][rows, keep_BM.to(args[0].device)], *args[1:])
+        where = args[0].device
+        return (args[0][row.to(where), at.to(where)], *args[1:])
 
     with hooked(model.get_output_embeddings().register_forward_pre_hook(take)):
         yield
 
 
-def teach(batch: dict[str, Tensor], has_control: bool) -> dict[str, Tensor] | None:
+def teach(batch: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """The rows with the base model's own answers as the base sees them, without control token.
 
     Returns:
-        A batch whose `keep` (b, M) are the positions that predict the answer's tokens, aligned with the
-        columns of the given batch's `targets` after the control token; None if no row has an own answer.
+        A batch that predicts the tokens marked `own`, in their order; None if there are none.
     """
     own = batch["own"]
     if not own.any():
         return None
-    x_bT, keep_bM = batch["input_ids"][own], batch["keep"][own]
-    if has_control:
-        at = keep_bM[:, :1] + 1
+    rows, row = batch["row"][own].unique(return_inverse=True)
+    x_bT, at = batch["input_ids"][rows], batch["at"][own]
+    control = batch["control"] & torch.isin(batch["row"], rows)
+    if control.any():
+        before = batch["at"][control][:, None]  # each row's control token comes after this position
         columns = torch.arange(x_bT.shape[1] - 1, device=x_bT.device)[None]
-        x_bT = x_bT.gather(1, columns + (columns >= at))
-        keep_bM = (keep_bM[:, 1:] - 1).clamp(min=0)
-    return {"prefix": batch["prefix"], "input_ids": x_bT, "keep": keep_bM}
+        x_bT, at = x_bT.gather(1, columns + (columns > before)), at - 1
+    return {"prefix": batch["prefix"], "input_ids": x_bT, "row": row, "at": at}
 
 
 def token_loss(
-    logits_BMV: Tensor,
-    batch: dict[str, Tensor],
-    recipe: Recipe,
-    has_control: bool,
-    teacher_bMV: Tensor | None = None,
+    logits_NV: Tensor, batch: dict[str, Tensor], recipe: Recipe, teacher_nV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss, and the control position's own loss (0 without control tokens).
+    """Weighted loss, and the control tokens' own loss (0 where there are none).
 
-    control_weight * mean over rows of the control token's cross-entropy
+    control_weight * mean cross-entropy of the control tokens
     + answer_weight * mean cross-entropy over the tokens of the refusals
-    + keep_weight * mean over the tokens of own answers of KL(base || model), `teacher_bMV` being the base's
-      logits at the positions of `teach`. Cross-entropy takes its place where there is no teacher.
+    + keep_weight * mean over the tokens of own answers of KL(base || model), `teacher_nV` being the base's
+      logits as `teach` asks for them. Without a teacher own answers count as refusals do.
     """
-    targets_BM, own = batch["targets"], batch["own"]
-    first = int(has_control)
-    ce_BM = nn.functional.cross_entropy(
-        logits_BMV.float().transpose(1, 2), targets_BM, ignore_index=IGNORE, reduction="none"
-    )
-    learnt_BM = targets_BM[:, first:] != IGNORE
-    if teacher_bMV is not None:
-        learnt_BM = learnt_BM & ~own[:, None]
-    answer = (ce_BM[:, first:] * learnt_BM).sum() / learnt_BM.sum().clamp(min=1)
-    loss = recipe.answer_weight * answer
-    if teacher_bMV is not None:
-        loss = loss + recipe.keep_weight * _divergence(
-            teacher_bMV, logits_BMV[own, first:], targets_BM[own, first:] != IGNORE
-        )
-    control = ce_BM[:, 0].mean() if has_control else ce_BM.new_zeros(())
-    return loss + recipe.control_weight * control, control
+    control, own = batch["control"], batch["own"]
+    ce_N = nn.functional.cross_entropy(logits_NV.float(), batch["targets"], reduction="none")
+    learnt = ~control if teacher_nV is None else ~control & ~own
+    decision = ce_N[control].sum() / control.sum().clamp(min=1)
+    loss = recipe.control_weight * decision
+    loss = loss + recipe.answer_weight * ce_N[learnt].sum() / learnt.sum().clamp(min=1)
+    if teacher_nV is not None:
+        loss = loss + recipe.keep_weight * _divergence(teacher_nV, logits_NV[own])
+    return loss, decision
 
 
-def _divergence(teacher_bMV: Tensor, student_bMW: Tensor, learnt_bM: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over the learnt positions; the student may have more tokens (W >= V)."""
-    want_nV = teacher_bMV[learnt_bM].float().log_softmax(-1)
-    have_nV = student_bMW[learnt_bM].float().log_softmax(-1)[:, : want_nV.shape[1]]
-    return (want_nV.exp() * (want_nV - have_nV)).sum(-1).sum() / max(len(want_nV), 1)
+def _divergence(teacher_nV: Tensor, student_nW: Tensor) -> Tensor:
+    """Mean KL(teacher || student); the student may have more tokens (W >= V)."""
+    want = teacher_nV.float().log_softmax(-1)
+    have = student_nW.float().log_softmax(-1)[:, : want.shape[1]]
+    return (want.exp() * (want - have)).sum(-1).mean()

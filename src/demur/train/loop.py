@@ -116,10 +116,10 @@ def _trainer(
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             with control.edit().install(model.get_base_model()) if control else nullcontext():
                 out = forward(model, inputs)
-            asked = teach(inputs, control is not None)
+            asked = teach(inputs)
             with torch.no_grad(), model.disable_adapter():
                 teacher = forward(model, asked).logits if asked else None
-            loss, decision = token_loss(out.logits, inputs, recipe, control is not None, teacher)
+            loss, decision = token_loss(out.logits, inputs, recipe, teacher)
             watch.seen(float(loss.detach()), float(decision.detach()))
             return (loss, out) if return_outputs else loss
 

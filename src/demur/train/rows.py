@@ -87,7 +87,7 @@ def _head_inputs(model: Any, ids: list[list[int]], note: Progress) -> tuple[Floa
             model.get_output_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
         ):
             logits = forward(model, {k: v.to(input_device(model)) for k, v in inputs.items()}).logits
-        H[batch] = seen.pop()[:, 0].float().cpu().numpy()
-        lse[batch] = logits[:, 0].float().logsumexp(-1).cpu().numpy()
+        H[batch] = seen.pop().float().cpu().numpy()
+        lse[batch] = logits.float().logsumexp(-1).cpu().numpy()
         note("control rows", start + len(batch), len(order))
     return H, lse

@@ -103,7 +103,7 @@ class Watch:
             for start in range(0, len(order), 32):
                 rows = order[start : start + 32]
                 batch = {k: v.to(device) for k, v in collate(rows, self.names, self.first_id).items()}
-                z_BV = forward(self.model, batch).logits[:, 0].float()
+                z_BV = forward(self.model, batch).logits.float()
                 P = z_BV.softmax(-1)[:, self.first_id : self.first_id + len(self.names)].cpu()
                 y = torch.tensor([self.names.index(r.control or RESPOND) for r in rows])
                 losses += (-P[torch.arange(len(rows)), y].clamp(min=1e-12).log()).tolist()
