@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INPUTS := pyproject.toml constraints.txt $(shell find packages/demur-smollm2 -type f -not -path '*/build/*' -not -name '*.pyc')
 PIP    := $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt
 
-.PHONY: card test check fast bench gemma wheel-test test-lowest schemas clean help
+.PHONY: card test check fast bench gemma replicate wheel-test test-lowest schemas clean help
 .DELETE_ON_ERROR:
 
 card: $(VENV)/.local  ## the Refusal Card of the embedded model, into out/
@@ -45,6 +45,10 @@ bench: $(VENV)/.dev  ## states and scores against a plain transformers loop
 
 gemma: $(VENV)/.dev  ## Gemma-3-270M for the tests that want it (its licence is yours to accept; 1 GB, once)
 	$(BIN)/python -m tests.models.gemma
+replicate: $(VENV)/.dev  ## run every replication check that is stale or missing, and write docs/replication.md (ARGS=--full: all seeds)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/demur replicate --all --jobs 2 --out src/demur/replicate/results $(ARGS)
+	$(BIN)/python -c "import pathlib; from demur.replicate.render import stored_page; \
+	  pathlib.Path('docs/replication.md').write_text(stored_page(), encoding='utf-8')"
 
 schemas: $(VENV)/.dev  ## write docs/schemas/ anew from the dataclasses
 	$(BIN)/python -c "import json, pathlib; from demur import files; [pathlib.Path(f'docs/schemas/{n}.json').write_text(\

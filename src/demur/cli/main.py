@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import demur
-from demur.cli import answers, calibrate, card, resources, train
+from demur.cli import answers, calibrate, card, lab, replicate, resources, train
 from demur.cli.screen import warn
 from demur.errors import DemurError
 
@@ -54,7 +54,10 @@ class Front(TyperGroup):
             sys.stdout.flush()
             return result
         except KeyboardInterrupt:
-            warn("Stopped. The same command goes on: a card resumes where it was, other commands start over.")
+            warn(
+                "Stopped. The same command goes on: a card resumes where it was, a replication after its last "
+                "finished seed, other commands start over."
+            )
             raise typer.Exit(STOPPED) from None
         except BrokenPipeError:
             # The reader (`head`, say) has seen enough. Python would complain again when it flushes at exit.
@@ -95,6 +98,8 @@ app.add_typer(train.app, name="train")
 app.add_typer(resources.models_app, name="models")
 app.add_typer(resources.data_app, name="data")
 app.command("methods")(resources.methods)
+app.command("replicate")(replicate.replicate)
+app.add_typer(lab.app, name="lab")
 
 
 def _version(asked: bool) -> None:

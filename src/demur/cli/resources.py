@@ -44,11 +44,14 @@ def methods(
 ) -> None:
     """List the methods, or show one with its paper."""
     from demur import methods as index
+    from demur.cli.replicate import outcomes
 
+    found = {s: r["outcome"] + (" (stale)" if r["stale"] else "") for s, r in outcomes().items()}
     if slug is None:
-        listing(index.cards(), ("slug", "room", "tier", "title"), as_json)
+        rows = [{**dataclasses.asdict(c), "replication": found.get(c.slug)} for c in index.cards()]
+        listing(rows, ("slug", "room", "tier", "replication", "title"), as_json)
         return
-    card = dataclasses.asdict(index.get(slug))
+    card = {**dataclasses.asdict(index.get(slug)), "replication": found.get(slug)}
     if as_json:
         say_json(card)
     else:

@@ -8,6 +8,22 @@ from __future__ import annotations
 
 from demur.stats.agreement import cohen_kappa, sensitivity_specificity
 from demur.stats.calibration import Reliability, ece, reliability
+from demur.stats.controls import (
+    Null,
+    Silence,
+    always,
+    bag_of_words,
+    keyword,
+    length_rule,
+    majority,
+    never,
+    random_direction,
+    random_directions,
+    random_labels,
+    shuffled,
+    silent,
+    topic_only,
+)
 from demur.stats.correction import WeakJudgeWarning, rogan_gladen
 from demur.stats.curves import TAUS, Curve, auroc, auroc_interval, curve
 from demur.stats.intervals import bootstrap_interval, proportion_interval, rate, share_interval, upper_bound
@@ -16,23 +32,37 @@ from demur.stats.paired import PairedTest, mcnemar, minimum_detectable_differenc
 __all__ = [
     "TAUS",
     "Curve",
+    "Null",
     "PairedTest",
     "Reliability",
+    "Silence",
     "WeakJudgeWarning",
+    "always",
     "auroc",
     "auroc_interval",
+    "bag_of_words",
     "bootstrap_interval",
     "cohen_kappa",
     "curve",
     "ece",
+    "keyword",
+    "length_rule",
+    "majority",
     "mcnemar",
     "minimum_detectable_difference",
+    "never",
     "paired_interval",
     "proportion_interval",
+    "random_direction",
+    "random_directions",
+    "random_labels",
     "rate",
     "reliability",
     "rogan_gladen",
     "sensitivity_specificity",
     "share_interval",
+    "shuffled",
+    "silent",
+    "topic_only",
     "upper_bound",
 ]
