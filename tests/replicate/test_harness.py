@@ -163,6 +163,17 @@ def test_an_anchor_that_is_off(tmp_path: Path) -> None:
     assert nan["anchors"][0]["status"] == "off" and nan["anchors"][0]["found"] is None
 
 
+def test_an_anchor_whose_extra_is_missing_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    spec = toy.write(tmp_path)
+    raising = (
+        'def _two():\n    from demur.errors import MissingExtra\n    raise MissingExtra("x", "math")\n\n\n'
+    )
+    text = spec.read_text().replace('"two": float(WORLD.get("two", 2.0))', '"two": _two')
+    spec.write_text(text.replace("SPEC = Spec(", raising + "SPEC = Spec("))
+    got = replicate(spec, out=tmp_path / "out", seeds=1)
+    assert got["anchors"][0]["status"] == "skipped" and "demur[math]" in got["anchors"][0]["why"]
+
+
 def test_an_undefined_claim_is_not_met(tmp_path: Path) -> None:
     got = replicate(toy.write(tmp_path, nan=True), out=tmp_path / "out", seeds=1)
     assert got["claims"][0]["why"] == "undefined" and got["outcome"] == "not at this scale"

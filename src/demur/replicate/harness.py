@@ -25,7 +25,7 @@ from typing import Any
 
 import demur
 from demur import data
-from demur.errors import DataUnavailable, DemurError, InputError
+from demur.errors import DataUnavailable, DemurError, InputError, MissingExtra
 from demur.replicate import store
 from demur.replicate.spec import FOLDER, Anchor, Context, Found, Spec, Value, find
 from demur.replicate.store import Seed
@@ -305,7 +305,10 @@ def _anchor_row(spec: Spec, anchor: Anchor, why: str | None, got: Mapping[str, A
     if anchor.key not in got:
         raise InputError(f"{spec.slug}: recount gave no value for {anchor.key}; it has {', '.join(got)}")
     value = got[anchor.key]
-    value = float(value() if callable(value) else value)
+    try:
+        value = float(value() if callable(value) else value)
+    except MissingExtra as e:
+        return {**row, "found": None, "status": "skipped", "why": str(e)}
     if not math.isfinite(value):
         return {**row, "found": None, "status": "off", "why": f"the recount gave {value}"}
     return {**row, "found": value, "status": "exact" if anchor.holds(value) else "off", "why": ""}
