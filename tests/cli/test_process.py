@@ -13,7 +13,19 @@ import pytest
 
 DEMUR = [sys.executable, "-m", "demur.cli"]
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "COLUMNS": "100"}
-COMMANDS = ("card", "score", "generate", "judge", "calibrate", "methods", "train", "models", "data", "replicate", "lab")
+COMMANDS = (
+    "card",
+    "score",
+    "generate",
+    "judge",
+    "calibrate",
+    "methods",
+    "train",
+    "models",
+    "data",
+    "replicate",
+    "lab",
+)
 
 
 def test_help_is_quick_light_and_complete() -> None:
