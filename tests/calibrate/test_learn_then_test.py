@@ -335,7 +335,7 @@ def test_ordinary_prompts_within_their_budget_change_nothing_but_the_level():
     assert {c: t.tau for c, t in held.thresholds.items()} == {c: t.tau for c, t in plain.thresholds.items()}
     assert held.goal == "max_tpr_fpr<=0.05,ordinary<=0.05@delta=0.1"
     assert (
-        "Of ordinary benign prompts drawn like its 400, at most 0.05 open with any refuse token"
+        "Of ordinary benign prompts drawn like its 400, at most 0.05 open with the refuse token of a steered"
         in held.guarantee
     )
 

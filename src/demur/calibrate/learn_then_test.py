@@ -30,10 +30,10 @@ class LearnThenTest(Calibrator):
     valid too.
 
     With `ordinary_alpha`, ordinary benign prompts (those that resemble no category) get a budget as well: the
-    share of them that opens with any refuse token. All thresholds are raised by the same amount on the logit
-    scale, tested from the largest downwards at level delta / (K + 1), as are then the categories. The path
-    is fixed by the look-alikes, so the ordinary prompts test it independently, and raising a threshold cannot
-    break a look-alike budget.
+    share of them that opens with the refuse token of a steered category. All thresholds are raised by the same
+    amount on the logit scale, tested from the largest downwards at level delta / (K + 1), as are then the
+    categories. The path is fixed by the look-alikes, so the ordinary prompts test it independently, and raising
+    a threshold cannot break a look-alike budget.
 
     Args:
         alpha: budget for the false refusal rate of each category.
@@ -148,7 +148,8 @@ class LearnThenTest(Calibrator):
         if self.ordinary_alpha is not None:
             text += (
                 f" Of ordinary benign prompts drawn like its {slices[0].ordinary.size}, at most "
-                f"{self.ordinary_alpha:g} open with any refuse token, with the same joint probability."
+                f"{self.ordinary_alpha:g} open with the refuse token of a steered category, with the same joint "
+                "probability."
             )
         if any(_draws(s) < s.benign.size for s in slices):
             text += " Prompts of one group count as one draw, and rates are means over groups."
