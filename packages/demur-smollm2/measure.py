@@ -168,15 +168,12 @@ def _nll(base, items, replies, which) -> float:
 
 
 def agreement(runtime, point, items: PromptSet) -> dict:
-    """Token against text, on generated answers: forced by the operating point, and left to the model."""
+    """Whether generated answers do what their token said, under the operating point."""
     judge = judges.get("rules/demur-v1")
-    out = {}
     with RefusalTokens(point).on(runtime) as dialled:
-        for name, r in (("operating_point", dialled), ("own_choice", runtime)):
-            replies = list(r.generate(items, Condition(max_new_tokens=64)))
-            verdicts = [judge.judge(q, x) for q, x in zip(items, replies, strict=True)]
-            out[name] = show(token_text_agreement(replies, verdicts))
-    return out
+        replies = list(dialled.generate(items, Condition(max_new_tokens=64)))
+    verdicts = [judge.judge(q, r) for q, r in zip(items, replies, strict=True)]
+    return {"operating_point": show(token_text_agreement(replies, verdicts))}
 
 
 def sample(items: PromptSet, step: int) -> PromptSet:
@@ -219,7 +216,7 @@ def main() -> None:
         "--alpha", type=float, default=0.05, help="budget of false refusals for the operating point"
     )
     ask.add_argument(
-        "--ordinary-alpha", type=float, default=0.02, help="budget of ordinary prompts declined as anything"
+        "--ordinary-alpha", type=float, default=0.03, help="budget of ordinary prompts declined as anything"
     )
     ask.add_argument(
         "--without-tokens", type=Path, help="adapter trained in mode none, the baseline without a dial"
@@ -244,6 +241,11 @@ def main() -> None:
             "words": words_baseline(prompts.core("train"), items)
         }
         print(name, json.dumps(out["sets"][name]), flush=True)
+    alike = [i for i, q in enumerate(sets["core/test"]) if q.meta["kind"] != "general"]
+    hard = PromptSet("core/test without ordinary", tuple(sets["core/test"][i] for i in alike))
+    out["sets"][hard.name] = ranking(P["core/test"][alike], hard, names) | {
+        "words": words_baseline(prompts.core("train"), hard)
+    }
     test, y = sets["core/test"], truth(sets["core/test"])
     out["ece_core_test"] = ece(np.minimum(P["core/test"][:, :-1].sum(1), 1.0), y)
     out["dial"] = {name: dial(P[name], sets[name], names) for name in ("core/test", "coconot")}
