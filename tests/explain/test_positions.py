@@ -16,7 +16,8 @@ PROMPTS = [Prompt.of(t, id=str(i)) for i, t in enumerate(TEXTS)]
 def by_hand(runtime, prompt, layer, index):
     ids = runtime.chat.render(prompt).ids
     with torch.inference_mode():
-        out = runtime.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        # a copy: transformers leaves its capture hooks on a model, and this one is shared with other tests
+        out = copy.deepcopy(runtime.model)(input_ids=torch.tensor([ids]), output_hidden_states=True)
     return out.hidden_states[layer + 1][0, index].float().numpy()
 
 
