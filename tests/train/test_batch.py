@@ -13,8 +13,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from demur.train.batch import collate, forward, teach, token_loss
-from demur.train.loop import _grouped
+from demur.train.batch import alike, collate, forward, teach, token_loss
 from demur.train.refusal_tokens import Recipe, Row
 from tests.runtime.tiny import ARCHITECTURES, tiny_control, tiny_model
 
@@ -145,26 +144,26 @@ def test_shared_prefix_equals_the_plain_forward(arch: str, prefix: int) -> None:
         assert (our_grads[name] - grad).abs().max() < 1e-4 * scale, name
 
 
-def test_grouped_is_a_permutation_whose_batches_share_system_and_length() -> None:
-    sizes = {"a": 43, "b": 21, "c": 6}
+def test_alike_keeps_every_row_and_saves_padding() -> None:
+    sizes = {"a": 20, "b": 9, "c": 2, "d": 1}
     rows = [
-        Row([1] * (3 + (7 * i) % 50), "respond", [], system=s) for s, n in sizes.items() for i in range(n)
+        Row([1] * (3 + (7 * i) % 50), "respond", [0] * (i % 5), system=s)
+        for s, n in sizes.items()
+        for i in range(n)
     ]
-    order = _grouped(rows, 8, seed=0)
-    assert sorted(order) == list(range(len(rows)))
-    assert order != list(range(len(rows)))
-    batches = [order[k : k + 8] for k in range(0, len(order), 8)]
-    pure = [b for b in batches if len({rows[i].system for i in b}) == 1 and len(b) == 8]
-    assert len(pure) >= sum(n // 8 for n in sizes.values())
-    spans = [max(lengths) - min(lengths) for lengths in ([len(rows[i].prompt) for i in b] for b in pure)]
-    assert sum(spans) / len(spans) < 15  # of 49; eight random rows span 38
-    assert [len(b) for b in batches[:-1]] == [8] * (
-        len(batches) - 1
-    )  # the incomplete one is last, to be dropped
-    assert _grouped(rows, 8, seed=0) == order != _grouped(rows, 8, seed=1)
+    parts = alike(rows)
+    assert sorted(id(row) for part in parts for row in part) == sorted(id(row) for row in rows)
+    assert [sorted({row.system for row in part}) for part in parts] == [["a"]] * 2 + [["b"]] * 2 + [
+        ["c", "d"]
+    ]
+
+    def padded(part: list[Row]) -> int:
+        return len(part) * max(len(row.prompt) + len(row.answer) for row in part)
+
+    assert sum(padded(part) for part in parts) < 0.8 * padded(rows)
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 400])
-def test_grouped_with_few_and_many_rows(n: int) -> None:
-    rows = [Row([1] * (1 + i % 13), None, [], system="ab"[i % 2]) for i in range(n)]
-    assert sorted(_grouped(rows, 8, seed=3)) == list(range(n))
+@pytest.mark.parametrize("n", [1, 7, 8, 400])
+def test_alike_with_few_and_many_rows(n: int) -> None:
+    parts = alike([Row([1] * (1 + i % 13), None, []) for i in range(n)])
+    assert sum(map(len, parts)) == n and all(parts)

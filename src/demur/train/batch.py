@@ -18,6 +18,32 @@ from demur.runtime.forward import prefix_fits
 from demur.runtime.layers import hooked
 from demur.train.refusal_tokens import Recipe, Row
 
+FEW = 4
+"""Fewest rows that make a part of their own."""
+
+
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """One batch's rows in parts that share a system message and are of like length, to save padding.
+
+    The batch itself is drawn at random: batches of like length would be batches of one kind, since refusals,
+    own answers and bare decisions differ in length, and the decision would be learnt from one kind at a time.
+
+    >>> short, long = Row([1, 2], "respond", []), Row([1, 2, 3, 4, 5, 6], "respond", [7, 8])
+    >>> [len(part) for part in alike([short, long] * FEW)]
+    [4, 4]
+    """
+    by_system: dict[str, list[Row]] = {}
+    for row in rows:
+        by_system.setdefault(row.system, []).append(row)
+    groups = [group for group in by_system.values() if len(group) >= FEW]
+    rest = [row for group in by_system.values() if len(group) < FEW for row in group]
+    parts: list[list[Row]] = []
+    for group in (*groups, *([rest] if rest else [])):
+        ordered = sorted(group, key=lambda row: len(row.prompt) + len(row.answer))
+        half = len(ordered) // 2
+        parts += [ordered[:half], ordered[half:]] if half >= FEW else [ordered]
+    return parts
+
 
 def collate(rows: Sequence[Row], names: Sequence[str], first_id: int) -> dict[str, Tensor]:
     """One batch of token ids.

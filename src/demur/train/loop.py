@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from demur.runtime.local import LocalRuntime
-from demur.train.batch import collate, forward, teach, token_loss
+from demur.train.batch import alike, collate, forward, teach, token_loss
 from demur.train.refusal_tokens import Progress, Recipe, Row
 from demur.train.rows import Rows
 from demur.train.watch import Watch
@@ -110,18 +110,20 @@ def _trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    order = _grouped(rows, recipe.batch_size, recipe.seed)
+    order = np.random.default_rng(recipe.seed).permutation(len(rows)).tolist()
 
     class Trainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            parts = inputs["parts"]
             with control.edit().install(model.get_base_model()) if control else nullcontext():
-                out = forward(model, inputs)
-            asked = teach(inputs)
+                logits_NV = torch.cat([forward(model, part).logits for part in parts])
+            asked = [own for part in parts if (own := teach(part))]
             with torch.no_grad(), model.disable_adapter():
-                teacher = forward(model, asked).logits if asked else None
-            loss, decision = token_loss(out.logits, inputs, recipe, teacher)
+                teacher_nV = torch.cat([forward(model, own).logits for own in asked]) if asked else None
+            marks = {k: torch.cat([part[k] for part in parts]) for k in ("targets", "control", "own")}
+            loss, decision = token_loss(logits_NV, marks, recipe, teacher_nV)
             watch.seen(float(loss.detach()), float(decision.detach()))
-            return (loss, out) if return_outputs else loss
+            return (loss, {"logits": logits_NV}) if return_outputs else loss
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return order
@@ -143,7 +145,11 @@ def _trainer(
         args=_settings(recipe, len(rows), scratch),
         train_dataset=table,
         processing_class=tokenizer,
-        data_collator=lambda items: collate([rows[i["input_ids"][0]] for i in items], names, first_id),
+        data_collator=lambda items: {
+            "parts": [
+                collate(part, names, first_id) for part in alike([rows[i["input_ids"][0]] for i in items])
+            ]
+        },
         callbacks=[watch.callback()],
     )
     trainer.remove_callback(PrinterCallback)  # standard output belongs to the caller
@@ -186,29 +192,6 @@ def _settings(recipe: Recipe, n: int, scratch: str) -> Any:
         gradient_checkpointing=False,  # TRL turns it on; it also switches off the cache that prefixes need
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-
-
-def _grouped(rows: Sequence[Row], batch: int, seed: int) -> list[int]:
-    """A random order of batches whose rows share their system message and are of like length.
-
-    Within chunks of 20 batches rows are sorted by (system message, length); full batches are then shuffled.
-    What is left over follows in batches of mixed system messages, an incomplete one last.
-    """
-    rng = np.random.default_rng(seed)
-    chunks = np.array_split(rng.permutation(len(rows)), max(1, len(rows) // (20 * batch)))
-    groups: list[list[int]] = []
-    for chunk in chunks:
-        by_system: dict[str, list[int]] = {}
-        for i in chunk.tolist():
-            by_system.setdefault(rows[i].system, []).append(i)
-        for members in by_system.values():
-            members.sort(key=lambda i: len(rows[i].prompt) + len(rows[i].answer))
-            groups += [members[k : k + batch] for k in range(0, len(members), batch)]
-    full = [g for g in groups if len(g) == batch]
-    rest = sorted((i for g in groups if len(g) < batch for i in g), key=lambda i: rows[i].system)
-    full += [rest[k : k + batch] for k in range(0, len(rest), batch)]
-    rng.shuffle(full)
-    return [i for g in sorted(full, key=lambda g: len(g) < batch) for i in g]
 
 
 def _target_names(lora: dict[str, Tensor]) -> list[str]:
