@@ -7,6 +7,7 @@
     |-- CapabilityError     the runtime cannot do what a method needs (states from an API, say)
     |-- MismatchError       an artefact (adapter, operating point, probe) belongs to another model, dtype or T
     |-- UnsupportedClaim    the data are too few for the guarantee that was asked for
+    |-- UnfitOrganism       a model organism misses its entry condition (in demur.organisms)
     |-- RefusalLowering     the change would lower refusal and the operator has not allowed it
 
 Messages say what was passed, why it clashes and what to do instead. The command line prints them without

@@ -87,3 +87,18 @@ def test_no_text_makes_a_special_token(user: str, system: str) -> None:
     ids = CHAT.render(Prompt.of(user, system=system or None)).ids
     frame = [i for i in ids if i < len(SPECIAL) and i != UNK]
     assert frame == [BOS, *([SYSTEM, END] if system else []), USER, END, ASSISTANT]
+
+
+def test_the_tail_is_found_with_a_vocabulary_that_lacks_common_words() -> None:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "<unk>", "<user>", "<assistant>", "mauve", "teal"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(w, special=True, normalized=False) for w in words[:4]])
+    template = "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }}{% endfor %} <assistant>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", unk_token="<unk>", chat_template=template
+    )
+    assert ChatFormat(tokenizer).tail == [3]

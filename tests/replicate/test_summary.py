@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from demur.errors import InputError
 from demur.replicate import Baseline, Claim, Control, Spec, Value
 from demur.replicate.summary import N_BOOT, Measured, conclude
 
@@ -240,3 +241,13 @@ def test_unfit_seeds_conclude_nothing() -> None:
     none = conclude(spec, {0: unfit, 1: unfit}, [])
     assert none["outcome"] == "not at this scale"
     assert none["claims"][0]["why"] == "no fit seed"
+
+
+def test_an_interval_keeps_within_the_bounds_of_its_value() -> None:
+    free = [Value(value=v, se=0.1, n=50) for v in (0.95, 0.99)]
+    held = [Value(value=v, se=0.1, n=50, bounds=(0.0, 1.0)) for v in (0.95, 0.99)]
+    wide, cut = (Measured("k", seeds).interval() for seeds in (free, held))
+    assert wide is not None and wide[1] > 1
+    assert cut == (wide[0], 1.0)
+    with pytest.raises(InputError, match="beyond its bounds"):
+        Value(value=1.2, bounds=(0.0, 1.0))

@@ -38,6 +38,8 @@ class Value:
         se: standard error over items of a value that is no mean (an AUROC, say), where it is known.
         same_items: the items are the same ones, in the same order, for every seed (a public test set, say).
             Then more seeds do not make them more.
+        bounds: what the value cannot go beyond, and so no interval of it: (0, 1) for an AUROC, say. An interval
+            of items that are all 0 or 1 has them anyway.
 
     Raises:
         InputError: an infinite value, or items whose mean is another number.
@@ -51,6 +53,7 @@ class Value:
     n: int | None = None
     se: float | None = None
     same_items: bool = False
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         value = None if self.value is None else float(self.value)
@@ -60,6 +63,8 @@ class Value:
             raise InputError("Value(value=inf): a measured value is finite, or None where it is undefined")
         if self.se is not None and not 0 <= self.se < math.inf:
             raise InputError(f"Value(se={self.se}): a standard error is finite and not negative")
+        if self.bounds and value is not None and not self.bounds[0] - 1e-9 <= value <= self.bounds[1] + 1e-9:
+            raise InputError(f"Value(value={value}): beyond its bounds {self.bounds}")
         object.__setattr__(self, "value", value)
         if self.items is None:
             return

@@ -57,6 +57,8 @@ def _value_row(value: Value) -> dict[str, Any]:
         row["items"] = " ".join(f"{x:.9g}" for x in value.items)
     if value.same_items:
         row["same_items"] = True
+    if value.bounds:
+        row["bounds"] = list(value.bounds)
     return row
 
 
@@ -68,6 +70,7 @@ def _value(row: Mapping[str, Any]) -> Value:
         n=row.get("n"),
         se=row.get("se"),
         same_items=row.get("same_items", False),
+        bounds=tuple(row["bounds"]) if "bounds" in row else None,
     )
 
 

@@ -73,7 +73,8 @@ class Measured:
             low, high = proportion_interval(*share, level=level)
             return float(low), float(high)
         wide = _interval(self.value, self.seed_part + self.item_part, self.freedom, level)
-        return (max(0.0, wide[0]), min(1.0, wide[1])) if self.shares else wide
+        lowest, highest = (0.0, 1.0) if self.shares else self.seeds[0].bounds or (-math.inf, math.inf)
+        return max(lowest, wide[0]), min(highest, wide[1])
 
     def _certain(self) -> tuple[float, int] | None:
         """(k, n) where every item of every seed came out alike: a bootstrap would claim certainty."""

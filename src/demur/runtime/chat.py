@@ -121,11 +121,22 @@ class ChatFormat:
     @cached_property
     def tail(self) -> list[int]:
         """The post-instruction tokens: what the template writes after the last user message."""
-        rows = [self._ids((Message(role="user", content=text),), "probe") for text in _PROBES]
+        rows = [self._ids((Message(role="user", content=text),), "probe") for text in self._probes]
         n = 0
         while n < min(map(len, rows)) and len({row[-1 - n] for row in rows}) == 1:
             n += 1
         return rows[0][len(rows[0]) - n :]
+
+    @property
+    def _probes(self) -> tuple[str, ...]:
+        """Messages that end differently; words of the tokenizer's own where it knows none of ours."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in self.tokenizer.encode(
+            " ".join(_PROBES), add_special_tokens=False
+        ):
+            return _PROBES
+        words = sorted(set(self.tokenizer.get_vocab()) - set(self.tokenizer.get_added_vocab()))
+        return (*_PROBES, *words[:2])
 
     @cached_property
     def thinks(self) -> bool:
