@@ -333,7 +333,7 @@ SPEC = Spec(
     minutes=2,
     notes=(
         "What was to be shown is the probe at the =, in the last layer. The claims on a chosen layer and on the "
-        "token behind the = were added, and the choice of the layer changed, after seed 0 had missed it: take them as "
+        "token behind the = were added, and the choice of the layer changed, after seed 0 had missed it: they are "
         "exploratory.",
         "Items of R and of accuracies are agents, not lines: the lines of an agent stand or fall together.",
         "R without persona is over held-out cells of either sign; a leaning to one interpretation cancels in it.",
