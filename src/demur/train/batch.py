@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,30 +19,31 @@ from demur.runtime.forward import prefix_fits
 from demur.runtime.layers import hooked
 from demur.train.refusal_tokens import Recipe, Row
 
-FEW = 4
-"""Fewest rows that make a part of their own."""
+PART = 6
+"""About how many rows run together: fewer pad less, more keep a processor busier."""
 
 
 def alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """One batch's rows in parts that share a system message and are of like length, to save padding.
+    """One batch's rows in parts of like length, which share a system message where enough rows do.
 
     The batch itself is drawn at random: batches of like length would be batches of one kind, since refusals,
     own answers and bare decisions differ in length, and the decision would be learnt from one kind at a time.
 
     >>> short, long = Row([1, 2], "respond", []), Row([1, 2, 3, 4, 5, 6], "respond", [7, 8])
-    >>> [len(part) for part in alike([short, long] * FEW)]
-    [4, 4]
+    >>> [len(part) for part in alike([short, long] * PART)]
+    [6, 6]
     """
     by_system: dict[str, list[Row]] = {}
     for row in rows:
         by_system.setdefault(row.system, []).append(row)
-    groups = [group for group in by_system.values() if len(group) >= FEW]
-    rest = [row for group in by_system.values() if len(group) < FEW for row in group]
+    groups = [group for group in by_system.values() if len(group) > PART // 2]
+    groups.append([row for group in by_system.values() if len(group) <= PART // 2 for row in group])
     parts: list[list[Row]] = []
-    for group in (*groups, *([rest] if rest else [])):
+    for group in filter(None, groups):
         ordered = sorted(group, key=lambda row: len(row.prompt) + len(row.answer))
-        half = len(ordered) // 2
-        parts += [ordered[:half], ordered[half:]] if half >= FEW else [ordered]
+        n = max(1, round(len(ordered) / PART))
+        cuts = [round(k * len(ordered) / n) for k in range(n + 1)]
+        parts += [ordered[i:j] for i, j in pairwise(cuts)]
     return parts
 
 
