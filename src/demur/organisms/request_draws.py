@@ -159,8 +159,7 @@ class Draws:
         r["says"] = np.where(ruled == 1, np.where(r["topic"] == PLAIN, 0, r["topic"]), says)
         r["refuse"] = r["says"] != PLAIN
         r["p_refuse"] = np.where(ruled < 0, 1 - r["posterior"][:, -1], ruled)
-        key = ((r["cue1"] * 97 + r["cue2"]) * 97 + r["verb"]) * 97 + r["item"]
-        r["part"] = np.searchsorted([0.8, 0.9], _scatter(key), side="right")
+        r["part"] = part_of(r)
 
     def rows(self, rng: np.random.Generator, n: int, bits: Mapping[str, Any]) -> Rows:
         """n requests with the given bits: those of the request are set, those of its label waited for."""
@@ -183,6 +182,12 @@ class Draws:
             f"request world: only {have} of {n} requests with {dict(bits)} in 200 draws of that many; these bits "
             "hardly ever meet under its settings"
         )
+
+
+def part_of(r: Rows) -> npt.NDArray[np.int64]:
+    """Index into `PARTS` (n,), decided by verb, cues and item alone."""
+    key = ((r["cue1"] * 97 + r["cue2"]) * 97 + r["verb"]) * 97 + r["item"]
+    return np.searchsorted([0.8, 0.9], _scatter(key), side="right")
 
 
 def _check_bit(name: str, value: Any) -> None:
