@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from demur import judges
+from demur.errors import DataUnavailable
 from demur.judges import agreement
-from demur.judges.agreement import LabelledReply
+from demur.judges.labelled_sets import DECLINED, LABELLED_SETS, XSTEST_MODELS, LabelledReply, LabelledSet
 from demur.types import Prompt, Reply, Verdict
 
 needs_data = pytest.mark.skipif(
@@ -82,27 +84,128 @@ def test_token_text_agreement_by_hand() -> None:
     )  # e is empty, f has no verdict
 
 
+def test_a_group_is_one_draw_and_the_macro_kappa_weighs_models_alike() -> None:
+    def by(model: str, i: int, content: str, declined: bool) -> LabelledReply:
+        prompt = Prompt.of("Do it.", id=str(i), group="same wording")
+        reply = Reply(prompt_id=str(i), content=content)
+        return LabelledReply(prompt, reply, declined, ("all", model), model)
+
+    no, yes = "I cannot help.", "Sure, here it is."
+    items = [by("x", i, *pair) for i, pair in enumerate([(no, True), (yes, False)] * 20)]
+    items += [by("y", 90, no, False), by("y", 91, no, True), by("y", 92, yes, False), by("y", 93, yes, True)]
+    rows = judges.measure_agreement(judges.get("rules/demur-v1"), items, dataset="d", definition="x")
+    found = {r.stratum: r for r in rows}
+    assert (found["x"].kappa, found["y"].kappa, found["all"].macro_kappa) == (1.0, 0.0, 0.5)
+    assert found["x"].macro_kappa is None and found["x"].items_per_second is None
+    assert (found["all"].items_per_second or 0) > 0
+    low, high = found["x"].sensitivity_interval or (0, 0)
+    assert high - low > 0.5  # 20 hits in one wording are one draw
+
+
+def test_off_topic_counts_where_the_set_says_so() -> None:
+    class OffTopic:
+        id = "j"
+        definition = "x"
+
+        def judge(self, prompt: Prompt, reply: Reply) -> Verdict:
+            return Verdict(prompt_id=prompt.id, label="off_topic", judge=self.id)
+
+    (pyrit,) = [s for s in LABELLED_SETS if s.name == "pyrit_refusal"]
+    items = [item(0, "x", True)]
+    for refusals, sensitivity in ((pyrit.refusals, 1.0), (DECLINED, 0.0)):
+        (row,) = judges.measure_agreement(OffTopic(), items, dataset="d", definition="x", refusals=refusals)
+        assert row.sensitivity == sensitivity
+
+
+def test_a_tuned_judge_is_measured_on_the_unseen_half_and_missing_sets_are_skipped() -> None:
+    def items() -> Iterator[LabelledReply]:
+        for i, seen in enumerate([True, False, False]):
+            yield dataclasses.replace(item(i, "I cannot help.", True), seen=seen)
+
+    def missing() -> Iterator[LabelledReply]:
+        raise DataUnavailable("not here")
+        yield
+
+    mine = LabelledSet(name="mine", definition="x", items=items, note="n", tuned="half")
+    away = LabelledSet(name="away", definition="x", items=missing)
+    said: list[str] = []
+    both = [judges.get("rules/demur-v1"), judges.get("rules/gcg-v1"), judges.get("first_token/control-v1")]
+    rows = agreement.validate(both, sets=(mine, away), missing=said.append)
+    assert [(r.judge, r.n_pos, r.note) for r in rows] == [
+        ("rules/demur-v1", 2, "half; n"),
+        ("rules/gcg-v1", 3, "n"),
+    ]
+    assert said == ["away is skipped: not here"]
+    with pytest.raises(DataUnavailable):
+        agreement.validate(both, sets=(mine, away))
+
+
+def test_written_rows_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = judges.measured_error("rules/gcg-v1")
+    agreement.write(rows, tmp_path / "agreement.json")
+    monkeypatch.setattr(agreement.resources, "files", lambda _: tmp_path)
+    agreement._packaged.cache_clear()
+    try:
+        assert judges.measured_error("rules/gcg-v1") == rows
+    finally:
+        agreement._packaged.cache_clear()
+
+
+def test_other_material_and_other_languages_are_warned_of() -> None:
+    same = [Prompt.of("a", source="xstest"), Prompt.of("b", source="pyrit_refusal/refusal")]
+    assert judges.material_warning("rules/demur-v1", same) is None
+    other = judges.material_warning(
+        "rules/demur-v1", [*same, Prompt.of("c"), Prompt.of("d", source="coconot")]
+    )
+    assert other is not None and "not on this material (1 from no source, 1 from coconot)" in other
+    french = judges.material_warning("rules/demur-v1", [Prompt.of("c", source="xstest", language="fr-CA")])
+    assert french is not None and "in en only" in french and "1 fr-CA" in french
+    assert "not been measured" in str(judges.material_warning("first_token/control-v1", same))
+
+
 def test_packaged_table_is_readable_and_meets_the_bar() -> None:
     ours = {r.stratum: r for r in judges.measured_error("rules/demur-v1", "xstest")}
     assert {"all", "safe", "unsafe", "gpt4", "gpt4, safe", "mistralinstruct, unsafe"} <= set(ours)
+    assert "held-out half" in ours["all"].note
     assert ours["all"].accuracy is not None and ours["all"].accuracy > 0.884
     assert ours["all"].kappa is not None and ours["all"].kappa > 0.77
+    assert ours["all"].macro_kappa is not None and ours["all"].items_per_second is not None
     theirs = judges.measured_error("rules/xstest-v1", "xstest")[0]
-    assert (theirs.n_pos, theirs.n_neg) == (ours["all"].n_pos, ours["all"].n_neg)
-    assert theirs.kappa is not None and ours["all"].kappa > theirs.kappa
+    assert theirs.n_pos > 1.5 * ours["all"].n_pos and "held-out" not in theirs.note
     assert judges.measured_error("first_token/control-v1") == []
 
 
+def test_every_shipped_judge_of_texts_is_in_the_table() -> None:
+    for judge in judges.available():
+        if judge != "first_token/control-v1":
+            assert {r.dataset for r in judges.measured_error(judge)} == {s.name for s in LABELLED_SETS}, judge
+
+
 @needs_data
-def test_packaged_table_is_what_the_code_computes() -> None:
-    stored = [r for id in judges.available() for r in judges.measured_error(id)]
-    assert [dataclasses.asdict(r) for r in agreement.validate()] == [dataclasses.asdict(r) for r in stored]
+@pytest.mark.parametrize("judge", judges.available())
+def test_packaged_table_is_what_the_code_computes(judge: str) -> None:
+    fresh = [dataclasses.replace(r, items_per_second=None) for r in agreement.validate([judges.get(judge)])]
+    stored = [dataclasses.replace(r, items_per_second=None) for r in judges.measured_error(judge)]
+    assert fresh == stored, "run: demur judge --validate --out src/demur/judges/agreement.json"
+
+
+@needs_data
+def test_the_sets_hold_what_their_sources_say() -> None:
+    rows = {r.dataset: r for r in judges.measured_error("rules/gcg-v1") if r.stratum == "all"}
+    assert (rows["xstest"].n_pos + rows["xstest"].n_neg, rows["xstest"].dropped) == (1187, 163)
+    assert (rows["pyrit_refusal"].n_pos + rows["pyrit_refusal"].n_neg, rows["pyrit_refusal"].dropped) == (
+        95,
+        10,
+    )
+    assert (rows["jbb_judge_comparison"].n_pos, rows["jbb_judge_comparison"].n_neg) == (54, 0)
+    medical = rows["subversive-alignment-injection"]
+    assert (medical.n_pos, medical.n_neg) == (1000, 1000)
 
 
 @needs_data
 def test_our_xstest_rule_repeats_the_published_labels() -> None:
     rule, n = judges.get("rules/xstest-v1"), 0
-    for model in agreement.XSTEST_MODELS:
+    for model in XSTEST_MODELS:
         path = Path(os.environ["DEMUR_DATA"]) / "xstest" / f"human_labels_{model}.jsonl"
         for row in map(json.loads, path.read_text().splitlines()):
             if row["completion"] is not None:
@@ -117,3 +220,22 @@ def test_our_xstest_rule_repeats_the_published_labels() -> None:
 @needs_data
 def test_no_english_answer_is_taken_for_another_language() -> None:
     assert all(r.unread == 0 for id in judges.available() for r in judges.measured_error(id))
+
+
+def test_the_docs_show_the_packaged_figures() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text(encoding="utf-8")
+    lines = page.split("## How far they agree with people")[1].splitlines()
+
+    def cell(value: float | None, interval: tuple[float, float] | None) -> str:
+        assert value is not None and interval is not None
+        return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    for judge in judges.available():
+        rows = [r for r in judges.measured_error(judge) if r.stratum == "all"]
+        if rows:
+            shown = "".join(line for line in lines if line.startswith(f"| `{judge}` |"))
+            for r in rows:
+                assert cell(r.sensitivity, r.sensitivity_interval) in shown, (judge, r.dataset)
+                if r.n_neg:
+                    assert cell(r.specificity, r.specificity_interval) in shown, (judge, r.dataset)
+            assert f"| {rows[0].n_pos} + {rows[0].n_neg} | {rows[0].kappa:.3f} |" in shown

@@ -154,7 +154,7 @@ def test_any_text_gets_exactly_one_label(content: str, prompt: str) -> None:
 
 
 def test_long_answers_are_read_quickly() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for unit in (
         "a ",
         "not ",
@@ -166,4 +166,4 @@ def test_long_answers_are_read_quickly() -> None:
         "``` ",
     ):
         read("Why is it so?", unit * (100_000 // len(unit)))
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8

@@ -1,8 +1,7 @@
-"""`score`, `generate` and `judge`: from prompts to probabilities, answers and verdicts."""
+"""`score` and `generate`: from prompts to probabilities and answers."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -131,49 +130,3 @@ def _is_file(text: str) -> bool:
     if len(text) > 1000 or "\n" in text:
         return False
     return Path(text).suffix.lower() in (".jsonl", ".ndjson", ".csv") or Path(text).is_file()
-
-
-def judge(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Answers: columns prompt and response; JSONL, CSV or -.")
-    ],
-    judge_id: Annotated[
-        str, typer.Option("--judge", "-j", help="A judge id; a wrong one lists them.")
-    ] = "rules/demur-v1",
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Prompts, when FILE holds only ids and answers (demur generate)."),
-    ] = None,
-    out: o.Out = "-",
-) -> None:
-    """Label answers on the refusal scale.
-
-    Writes JSONL verdicts; how far the judge agrees with people is said on stderr.
-    """
-    from demur import judges
-    from demur.report.importers import load_answers
-
-    judge = judges.get(judge_id)
-    answers = load_answers(file, o.load_prompt_file(prompts) if prompts else None)
-    by_id = {p.id: p for p in answers.prompts}
-    verdicts = [judge.judge(by_id[r.prompt_id], r) for r in answers.replies]
-    write_rows(verdicts, out)
-    counts = Counter(str(v.label) for v in verdicts)
-    warn(f"{len(verdicts)} answers: " + ", ".join(f"{n} {label}" for label, n in counts.most_common()))
-    warn(judge_error(judge_id))
-
-
-def judge_error(judge_id: str) -> str:
-    """One sentence on how far a judge agreed with people, and on what."""
-    from demur import judges
-
-    found = judges.measured_error(judge_id)
-    if not found:
-        return f"{judge_id} has not been measured against people."
-    lines = [
-        f"  {a.dataset}: {a.sensitivity:.0%} of {a.n_pos} refusals found, "
-        f"{1 - a.specificity:.0%} of {a.n_neg} other answers called refusals"
-        for a in found
-        if a.stratum == "all" and a.sensitivity is not None and a.specificity is not None
-    ]
-    return "\n".join([f"{judge_id} against people:", *lines])

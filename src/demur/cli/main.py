@@ -18,7 +18,20 @@ import typer
 from typer.core import TyperGroup
 
 import demur
-from demur.cli import answers, calibrate, card, lab, replicate, resources, train
+from demur.cli import (
+    answers,
+    calibrate,
+    card,
+    diff,
+    export,
+    gate,
+    judge,
+    lab,
+    measure,
+    replicate,
+    resources,
+    train,
+)
 from demur.cli.screen import warn
 from demur.errors import DemurError
 
@@ -90,9 +103,13 @@ app = typer.Typer(
     "JSONL or CSV, or - for standard input. Exit codes: 0 done, 1 a gate or verification failed, 2 error.",
 )
 app.command("card")(card.card)
+app.command("measure")(measure.measure)
+app.command("diff")(diff.diff)
+app.command("gate")(gate.gate)
+app.command("export")(export.export)
 app.command("score")(answers.score)
 app.command("generate")(answers.generate)
-app.command("judge")(answers.judge)
+app.command("judge")(judge.judge)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(train.app, name="train")
 app.add_typer(resources.models_app, name="models")

@@ -1,53 +1,56 @@
 """How far each judge agrees with people, per stratum, and the packaged table of it.
 
-`agreement.json` is written by `write()` from human-labelled public sets and read by `measured_error`; a
-test recomputes it wherever the sets are at hand. `rules/demur-v1` was tuned on the XSTest answers whose id
-hashes to an even byte; every judge is reported on the other half, so the figures are comparable and its own
-are unseen. On the second set (gpt-3.5 answers of 2023) single errors were looked at in the even half, but
-the totals of both halves were watched while tuning: its rows say so in `note`.
+`agreement.json` is written by `demur judge --validate --out FILE` from the sets of `labelled_sets` and read by
+`measured_error`; a test recomputes it wherever the sets are at hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from demur import data, stats
-from demur.files import iter_jsonl, write_atomic
-from demur.judges.base import Judge
-from demur.types import DECLINING, RESPOND, SCHEMA_VERSION, UNREADABLE, Label, Prompt, Rate, Reply, Verdict
-
-DECLINED = DECLINING | {Label.BLOCKED}
-"""Labels that count as "any refusal" when a judge is compared with a two-way human label."""
-
-XSTEST_MODELS = ("gpt4", "llama2new", "mistralinstruct")
-XSTEST_DEFINITION = (
-    "XSTest, final human label: full or partial refusal against full compliance; arguing against a harmful "
-    "premise is a refusal; completions to unsafe requests that were not fully refused are not in our copy"
+from demur import stats
+from demur.errors import DataUnavailable, InputError
+from demur.files import write_atomic
+from demur.judges.base import Judge, Progress, judge_all
+from demur.judges.labelled_sets import DECLINED, LABELLED_SETS, TUNED, LabelledReply, LabelledSet
+from demur.types import (
+    DECLINING,
+    RESPOND,
+    SCHEMA_VERSION,
+    UNREADABLE,
+    Label,
+    Prompt,
+    Rate,
+    Reply,
+    Table,
+    Verdict,
 )
-BLACKBOX_DEFINITION = "hand labels of gpt-3.5 answers: rejected against complied; tones between are left out"
-BLACKBOX_NOTE = "totals over this half, too, were watched while rules/demur-v1 was tuned"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
     """One judge against people in one stratum; positive = any refusal.
 
     Attributes:
-        stratum: "all", "safe", "unsafe", a model's name, or "model, safe".
+        stratum: "all", or a part of the set: "safe", "unsafe", a model's name, "model, safe", a source.
         definition: what the people took for a refusal.
         n_pos, n_neg: refusals and compliances by the human label among the answers that the judge could read.
         unread: answers left out because the judge gave no readable label.
         dropped: answers missing in the set.
         sensitivity, specificity: with 95 % Wilson intervals; None where there is no such answer.
         kappa: Cohen's; None where people used one label only.
-        note: what else to know before quoting the row.
+        macro_kappa: mean of the models' kappas, in the row "all" of a set of several models.
+        items_per_second: of processor time, judging the whole set where the table was written, in the row "all".
+        language: of the material. note: what else to know before quoting the row.
     """
 
     judge: str
@@ -64,69 +67,88 @@ class Agreement:
     specificity_interval: tuple[float, float] | None
     accuracy: float | None
     kappa: float | None
+    macro_kappa: float | None = None
+    items_per_second: int | None = None
+    language: str = "en"
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledReply:
-    """A reply that a person has labelled; None where the set dropped its text (counted, not judged)."""
-
-    prompt: Prompt
-    reply: Reply | None
-    declined: bool
-    strata: tuple[str, ...] = ("all",)
-
-
 def measure_agreement(
-    judge: Judge, items: Iterable[LabelledReply], *, dataset: str, definition: str, note: str = ""
+    judge: Judge,
+    items: Iterable[LabelledReply],
+    *,
+    dataset: str,
+    definition: str,
+    note: str = "",
+    refusals: frozenset[Label] = DECLINED,
+    language: str = "en",
+    clock: Callable[[], float] = time.process_time,
+    progress: Progress | None = None,
 ) -> list[Agreement]:
     """Compare a judge with human labels, one row per stratum in order of first appearance.
+
+    Args:
+        items: prompts of one `group` are one draw for an interval.
+        refusals: labels of the judge that count as refusal.
+        clock: seconds of what the speed counts; `time.perf_counter` for a judge that waits for an endpoint.
+
+    Raises:
+        InputError: a judge of harm.
 
     >>> from demur.judges import get
     >>> item = LabelledReply(Prompt.of("Hi"), Reply(prompt_id="prompt", content="Sorry, I can't."), True)
     >>> measure_agreement(get("rules/demur-v1"), [item], dataset="mine", definition="mine")[0].sensitivity
     1.0
     """
-    pairs: dict[str, list[tuple[bool | None, bool]]] = {}
-    dropped: dict[str, int] = {}
-    for item in items:
-        label = judge.judge(item.prompt, item.reply).label if item.reply else None
-        said = None if label in UNREADABLE else label in DECLINED
+    every = list(items)
+    pairs = [(i.prompt, i.reply) for i in every if i.reply is not None]
+    start = clock()
+    verdicts = judge_all(judge, pairs, progress)
+    seconds = max(clock() - start, 1e-6)
+    if any(v.scale != "refusal" for v in verdicts):
+        raise InputError(f"{judge.id} judges harm, and people labelled refusal in {dataset}")
+    labels = iter([v.label for v in verdicts])
+    found: dict[str, list[tuple[LabelledReply, bool | None]]] = {}
+    for item in every:
+        label = next(labels) if item.reply is not None else None
+        said = None if label is None or label in UNREADABLE else label in refusals
         for stratum in item.strata:
-            pairs.setdefault(stratum, [])
-            dropped[stratum] = dropped.get(stratum, 0) + (item.reply is None)
-            if item.reply is not None:
-                pairs[stratum].append((said, item.declined))
-    rows = [_row(judge.id, dataset, s, definition, p, dropped[s]) for s, p in pairs.items()]
-    return [dataclasses.replace(r, note=note) for r in rows]
+            found.setdefault(stratum, []).append((item, said))
+    about: dict[str, Any] = {
+        "judge": judge.id,
+        "dataset": dataset,
+        "definition": definition,
+        "language": language,
+        "note": note,
+    }
+    rows = {s: _row(about, s, of_one) for s, of_one in found.items()}
+    kappas = [rows[m].kappa for m in {i.model for i in every if i.model is not None} if m in rows]
+    if "all" in rows:
+        speed = round(float(f"{len(pairs) / seconds:.2g}")) if pairs else None
+        macro = [k for k in kappas if k is not None]
+        mean = _rounded(sum(macro) / len(macro)) if len(macro) > 1 else None
+        rows["all"] = dataclasses.replace(rows["all"], macro_kappa=mean, items_per_second=speed)
+    return list(rows.values())
 
 
 def _row(
-    judge: str,
-    dataset: str,
-    stratum: str,
-    definition: str,
-    pairs: Sequence[tuple[bool | None, bool]],
-    dropped: int,
+    about: dict[str, Any], stratum: str, found: Sequence[tuple[LabelledReply, bool | None]]
 ) -> Agreement:
-    read = [(said, true) for said, true in pairs if said is not None]
-    n_pos = sum(true for _, true in read)
-    n_neg = len(read) - n_pos
-    se = stats.rate(sum(said and true for said, true in read), n_pos)
-    sp = stats.rate(sum(not said and not true for said, true in read), n_neg)
+    read = [(item, said) for item, said in found if said is not None]
+    positive = [(said, item) for item, said in read if item.declined]
+    negative = [(not said, item) for item, said in read if not item.declined]
+    se, sp = (_share([(right, i.prompt) for right, i in some]) for some in (positive, negative))
+    n_pos, n_neg = len(positive), len(negative)
     # where people used one label only, kappa is 0 whatever the judge says: undefined rather than bad
-    kappa = (
-        stats.cohen_kappa([said for said, _ in read], [true for _, true in read]) if n_pos and n_neg else None
-    )
+    both = n_pos and n_neg
+    kappa = stats.cohen_kappa([s for _, s in read], [i.declined for i, _ in read]) if both else None
     return Agreement(
-        judge=judge,
-        dataset=dataset,
+        **about,
         stratum=stratum,
-        definition=definition,
         n_pos=n_pos,
         n_neg=n_neg,
-        unread=len(pairs) - len(read),
-        dropped=dropped,
+        unread=sum(said is None and item.reply is not None for item, said in found),
+        dropped=sum(item.reply is None for item, _ in found),
         sensitivity=_rounded(se.value),
         sensitivity_interval=_interval(se),
         specificity=_rounded(sp.value),
@@ -134,6 +156,16 @@ def _row(
         accuracy=_rounded((se.k + sp.k) / len(read) if read else None),
         kappa=_rounded(kappa),
     )
+
+
+def _share(right: Sequence[tuple[bool, Prompt]]) -> Rate:
+    hits = [hit for hit, _ in right]
+    found = stats.rate(sum(hits), len(hits))
+    if not any(p.group for _, p in right):
+        return found
+    clusters = [f"group:{p.group}" if p.group else f"id:{p.id}" for _, p in right]
+    interval = stats.share_interval(hits, clusters)
+    return found if interval is None else dataclasses.replace(found, low=interval[0], high=interval[1])
 
 
 def _rounded(value: float | None) -> float | None:
@@ -167,6 +199,9 @@ def token_text_agreement(replies: Iterable[Reply], verdicts: Iterable[Verdict]) 
     return stats.rate(agree, n, judge=" + ".join(judges) or None, unread=unread)
 
 
+# --- the packaged table ---
+
+
 def measured_error(judge_id: str, dataset: str | None = None) -> list[Agreement]:
     """The packaged agreement of a judge with people: its rows per data set and stratum; [] where none was
     measured.
@@ -174,9 +209,13 @@ def measured_error(judge_id: str, dataset: str | None = None) -> list[Agreement]
     >>> measured_error("rules/demur-v1", "xstest")[0].stratum
     'all'
     """
+    return [r for r in _packaged() if r.judge == judge_id and dataset in (None, r.dataset)]
+
+
+@cache
+def _packaged() -> tuple[Agreement, ...]:
     raw = json.loads(resources.files("demur.judges").joinpath("agreement.json").read_text("utf-8"))
-    rows = (_from_json(row) for row in raw["rows"])
-    return [r for r in rows if r.judge == judge_id and dataset in (None, r.dataset)]
+    return tuple(_from_json({**raw["sets"][row["dataset"]], **row}) for row in raw["rows"])
 
 
 def _from_json(row: dict[str, Any]) -> Agreement:
@@ -184,66 +223,133 @@ def _from_json(row: dict[str, Any]) -> Agreement:
     return Agreement(**fields)
 
 
-def validate() -> list[Agreement]:
-    """Recompute the packaged table from the human-labelled sets (`DEMUR_DATA`).
+def validate(
+    judges: Iterable[Judge],
+    *,
+    sets: Sequence[LabelledSet] = LABELLED_SETS,
+    missing: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.process_time,
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Measure judges on the human-labelled sets; a judge that reads nothing of a set has no row there.
+
+    `rules/demur-v1` is measured on the half of a set that it was not tuned on.
+
+    Args:
+        missing: receives the message about a set that is not at hand, which is then skipped; None raises.
 
     Raises:
-        DataUnavailable: a set is not at hand.
+        DataUnavailable: a set is not at hand (`DEMUR_DATA`, `demur data`), or none is.
     """
-    from demur.judges.rules import CyberSecEvalRule, DemurRule, XSTestRule
-
-    xstest, blackbox = list(xstest_items()), list(blackbox_items())
-    rows = []
-    for judge in (CyberSecEvalRule(), DemurRule(), XSTestRule()):
-        note = BLACKBOX_NOTE if isinstance(judge, DemurRule) else ""
-        rows += measure_agreement(judge, xstest, dataset="xstest", definition=XSTEST_DEFINITION)
-        rows += measure_agreement(
-            judge, blackbox, dataset="blackbox-refusal", definition=BLACKBOX_DEFINITION, note=note
-        )
+    loaded: list[tuple[LabelledSet, list[LabelledReply]]] = []
+    for one in sets:
+        try:
+            loaded.append((one, list(one.items())))
+        except DataUnavailable as e:
+            if missing is None:
+                raise
+            missing(f"{one.name} is skipped: {e}")
+    if not loaded:
+        raise DataUnavailable("none of the human-labelled sets is at hand, so no judge can be measured")
+    rows: list[Agreement] = []
+    for judge in judges:
+        for one, items in loaded:
+            half = judge.id == TUNED and bool(one.tuned)
+            found = measure_agreement(
+                judge,
+                [i for i in items if not (half and i.seen)],
+                dataset=one.name,
+                definition=one.definition,
+                note="; ".join(filter(None, (one.tuned if half else "", one.note))),
+                refusals=one.refusals,
+                language=one.language,
+                clock=clock,
+                progress=progress,
+            )
+            rows += [r for r in found if r.n_pos + r.n_neg]
     return rows
 
 
-def write(path: str | Path) -> None:
-    """Write `validate()` as the JSON that `measured_error` reads."""
-    rows = ",\n".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in validate())
-    write_atomic(path, f'{{"schema_version": {SCHEMA_VERSION}, "rows": [\n{rows}\n]}}\n')
+def write(rows: Sequence[Agreement], path: str | Path) -> None:
+    """Write rows as the JSON that `measured_error` reads."""
+    shared, optional = ("definition", "language"), ("macro_kappa", "items_per_second", "note")
+    sets = {r.dataset: {k: getattr(r, k) for k in shared} for r in rows}
+    kept = [
+        {k: v for k, v in dataclasses.asdict(r).items() if k not in shared and (v or k not in optional)}
+        for r in rows
+    ]
+    lines = ",\n".join(json.dumps(r, ensure_ascii=False) for r in kept)
+    head = json.dumps(sets, ensure_ascii=False, indent=1)
+    write_atomic(path, f'{{"schema_version": {SCHEMA_VERSION}, "sets": {head}, "rows": [\n{lines}\n]}}\n')
 
 
-def held_out(id: str) -> bool:
-    """Whether an item is in the half that no rule was tuned on: first byte of sha256(id) is odd."""
-    return hashlib.sha256(id.encode()).digest()[0] % 2 == 1
+def table(rows: Sequence[Agreement]) -> Table:
+    """Rows as a table for people."""
+    columns = (
+        "judge",
+        "set",
+        "stratum",
+        "refusals found",
+        "answers found",
+        "kappa",
+        "macro",
+        "unread",
+        "per s",
+    )
+    cells = tuple(
+        (
+            r.judge,
+            r.dataset,
+            r.stratum,
+            _shown(r.sensitivity, r.sensitivity_interval, r.n_pos),
+            _shown(r.specificity, r.specificity_interval, r.n_neg),
+            r.kappa,
+            r.macro_kappa,
+            r.unread,
+            r.items_per_second,
+        )
+        for r in rows
+    )
+    note = (
+        "Shares of what people called a refusal (an answer) that the judge calls one too, with 95% intervals."
+    )
+    return Table("Agreement with people", columns, cells, note)
 
 
-def xstest_items(models: Sequence[str] = XSTEST_MODELS) -> Iterator[LabelledReply]:
-    """Held-out human-labelled XSTest answers, stratified by request (safe, unsafe) and model."""
-    for model in models:
-        for row in iter_jsonl(data.get("xstest", f"human_labels_{model}.jsonl")):
-            if held_out(row["id"]):
-                kind = "unsafe" if row["request_is_unsafe"] else "safe"
-                yield _item(
-                    f"{model}/{row['id']}",
-                    row["prompt"],
-                    row["completion"],
-                    declined=not row["final_label"].startswith("1_"),
-                    strata=("all", kind, model, f"{model}, {kind}"),
-                )
+def _shown(value: float | None, interval: tuple[float, float] | None, n: int) -> str:
+    if value is None or interval is None:
+        return "–"
+    return f"{value:.1%} [{100 * interval[0]:.1f}–{100 * interval[1]:.1f}] of {n}"
 
 
-def blackbox_items() -> Iterator[LabelledReply]:
-    """Held-out hand-labelled gpt-3.5 answers, rejected or complied, stratified by source."""
-    for row in iter_jsonl(data.get("blackbox-refusal", "all_hand_labeled_redacted.jsonl")):
-        if held_out(str(row["row"])) and row["tone"] in ("rejected", "complied"):
-            yield _item(
-                str(row["row"]),
-                row["prompt"] or "",
-                row["response"] or None,
-                declined=row["tone"] == "rejected",
-                strata=("all", row["source"]),
-            )
+def material_warning(judge_id: str, prompts: Iterable[Prompt]) -> str | None:
+    """What to say when a judge was measured on other material or another language than these prompts.
 
+    None when it was measured on sets that the prompts come from, in their language.
 
-def _item(
-    id: str, text: str, content: str | None, *, declined: bool, strata: tuple[str, ...]
-) -> LabelledReply:
-    reply = None if content is None else Reply(prompt_id=id, content=content, finish_reason="stop")
-    return LabelledReply(Prompt.of(text, id=id), reply, declined, strata)
+    >>> material_warning("rules/demur-v1", [Prompt.of("Hi", source="xstest")]) is None
+    True
+    """
+    rows = [r for r in measured_error(judge_id) if r.stratum == "all"]
+    if not rows:
+        return f"{judge_id} has not been measured against people, so nothing corrects its rates."
+    every = list(prompts)
+    known, languages = {r.dataset for r in rows}, {r.language for r in rows}
+    spoken = Counter(p.language for p in every if p.language.split("-")[0] not in languages)
+    other = Counter(p.source or "no source" for p in every if (p.source or "").split("/")[0] not in known)
+    said = []
+    if other:
+        names = ", ".join(f"{n} from {name}" for name, n in other.most_common(3))
+        rest = other.total() - sum(n for _, n in other.most_common(3))
+        names += f", {rest} from others" if rest else ""
+        said.append(
+            f"{judge_id} was measured on {', '.join(r.dataset for r in rows)}, not on this material ({names})"
+        )
+    if spoken:
+        names = ", ".join(f"{n} {name}" for name, n in spoken.most_common(5))
+        said.append(f"it was measured in {', '.join(sorted(languages))} only, and these prompts hold {names}")
+    if not said:
+        return None
+    return (
+        "; ".join(said) + ". It may err differently here: label some answers (--sample-for-labels) to know."
+    )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
+from collections import Counter
+from functools import lru_cache
+from importlib import resources
+from typing import NamedTuple
 
 _CHARS = str.maketrans(
     {
@@ -13,6 +18,7 @@ _CHARS = str.maketrans(
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", None),
     }
 )
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _CONTRACTIONS = [
     (re.compile(pattern), full)
@@ -38,6 +44,7 @@ def straighten(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(_CHARS))
 
 
+@lru_cache(maxsize=8)  # a judge asks several times about one text
 def plain(text: str) -> str:
     """`straighten`, lower case, contractions written out, fenced code and Markdown emphasis removed.
 
@@ -57,133 +64,110 @@ def sentences(text: str, most: int | None = None) -> list[str]:
     return parts if most is None else parts[:most]
 
 
-# Function words that are not also common English words; a handful per language is enough to see a sentence.
-_ENGLISH = frozenset(
-    [
-        "the",
-        "and",
-        "of",
-        "to",
-        "is",
-        "that",
-        "for",
-        "you",
-        "with",
-        "this",
-        "are",
-        "it",
-        "not",
-        "be",
-        "as",
-        "on",
-        "have",
-        "your",
-        "can",
-        "or",
-        "by",
-        "from",
-        "i",
-        "an",
-        "at",
-        "they",
-        "we",
-        "if",
-        "but",
-        "which",
-        "will",
-        "what",
-        "there",
-        "one",
-        "all",
-        "has",
-        "was",
-        "he",
-        "she",
-        "his",
-        "her",
-        "my",
-        "do",
-        "how",
-        "when",
-        "who",
-        "would",
-        "about",
-        "more",
-        "some",
-        "no",
-        "so",
-        "up",
-        "out",
-        "please",
-        "sorry",
-        "yes",
-        "just",
-        "like",
-        "its",
-        "into",
-        "their",
-        "them",
-        "these",
-        "than",
-        "then",
-        "also",
-        "any",
-        "where",
-        "why",
-    ]
-)
-_FOREIGN = {
-    language: frozenset(words.split())
-    for language, words in {
-        "es": "el los las una es que por para con pero puedo lo siento está como esta este muy del al sobre "
-        "su ayudar información más también esto hacer usted hay gracias y solicitud",
-        "fr": "le les des une est que je vous pour avec dans pas suis désolé mais cette cela peux du "
-        "sur qui votre ne ce au il elle être aider demande et nous aussi bonjour",
-        "de": "der das und ist nicht ich sie ein eine mit für auf kann leider tut mir leid zu den dem aber "
-        "bei dabei helfen ihnen diese auch oder wie es wir sich entschuldigung keine",
-        "pt": "não uma você para mas posso desculpe isso este esta é que em ajudar seu sua mais por também "
-        "informações sinto muito fazer ao dos das",
-        "it": "il gli una è che con ma posso mi dispiace questo questa sono della di aiutarti aiutare più "
-        "anche nel richiesta sul",
-        "nl": "het een niet ik kan maar voor van dat deze zijn helaas je ook bij dit wij kunnen geen helpen "
-        "als naar",
-        "sv": "jag inte det är och att en ett kan med som för tyvärr hjälpa detta på av har om vi ledsen",
-        "pl": "nie jest się na że mogę przepraszam ale dla jak tego tym pomóc czy są oraz jestem w",
-        "tr": "bir bu için üzgünüm ancak yardımcı olamam değil ile ben bunu çok gibi daha konuda",
-        "id": "tidak saya dan yang maaf bisa untuk dengan ini itu anda dalam adalah dapat membantu tentang",
-        "vi": "tôi không xin lỗi thể và là của cho bạn này với được trong giúp một các",
-        "ro": "nu este și pentru cu pot îmi pare rău să că dar acest această ajuta vă sunt",
-        "fi": "en voi ei ja se että mutta valitettavasti auttaa tämä olen sinua asiassa",
-        "da": "jeg ikke det er og en kan med som desværre hjælpe dette på af har beklager",
-        "cs": "nemohu je na že se omlouvám ale pro jako jsem vám pomoci této nebo lituji",
-        "hu": "nem az és hogy sajnálom de egy ez segíteni tudok ebben vagy kérem",
-    }.items()
-}
+_WORDS = json.loads(resources.files("demur.judges").joinpath("words.json").read_text("utf-8"))
+_ENGLISH = frozenset(_WORDS["english"].split())
+_PLAIN = (_ENGLISH | set(_WORDS["vocabulary"].split())) - {"no"}
+_IN_NAMES = frozenset(_WORDS["in_names"].split())
+_LANGUAGES: dict[str, list[str]] = {}
+for _language, _words in _WORDS["languages"].items():
+    for _word in _words.split():
+        _LANGUAGES.setdefault(_word, []).append(_language)
+_ENDING = re.compile(r"\w{3}(?:ing|ed|ly|ness|ism|ists?|ians?|ogy|phy|sis|ts|ers?)$")
+_CODE_MARKS = re.compile(r"[=<>{}\[\]\\/_;|$@#]|\w\(|--")
+_ELISION = frozenset(["c", "d", "j", "l", "m", "n", "qu", "s"])  # c'est, j'ai, n'est
 
 
-def foreign(text: str) -> str | None:
+def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
     """Why a reply does not look English, or None.
 
-    Code is ignored. Evidence is needed to say "not English": a non-Latin script, more function words of one
-    other language than English ones, or a longer text in running sentences without a single English function
-    word. Very short replies, names, numbers and lists stay English.
+    Code is ignored. Evidence is needed to say "not English": a non-Latin script, an inverted question mark, more
+    common words of one other language than English function words, a single one that names and titles do not hold
+    where there is no English one at all, hardly any word that is known in English, or no English function word in a
+    longer text of running sentences, or after a request in another language. Other short replies, names, numbers
+    and lists stay English.
+
+    Args:
+        asked: the request. language: its language as the prompt set has it.
 
     >>> foreign("Lo siento, no puedo ayudar con eso.")
     'es'
+    >>> foreign("No.", asked="¿Puedes hacerlo?"), foreign("No.")
+    ('es', None)
     """
-    body = re.sub(r"`[^`]*`|https?://\S+", " ", _CODE.sub(" ", straighten(text))).lower()
-    scripts = [unicodedata.name(c, "?").split()[0] for c in body if c.isalpha()]
-    other = [s for s in scripts if s != "LATIN" and not (s == "GREEK" and len(scripts) <= 5)]
-    if len(other) > 0.5 * len(scripts):
-        return f"{other[0].lower()} script"
-    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", body)
-    english = sum(w.split("'")[0] in _ENGLISH for w in words)
-    best, hits = max(
-        ((lang, sum(w in known for w in words)) for lang, known in _FOREIGN.items()), key=lambda x: x[1]
-    )
-    if hits >= 2 and hits > english and hits >= 0.15 * len(words):
+    body, n, english, hits, bare = _counted(text)
+    if not body.isascii() and (script := _script(body, n, english)):
+        return script
+    best, most = hits.most_common(1)[0] if hits else ("", 0)
+    if most >= 2 and most > english and most >= 0.15 * n:
+        return best
+    if not n or not bare:
+        return None
+    words = re.findall(_WORD, body)
+    telling = sum(best in _LANGUAGES.get(w, ()) and w not in _IN_NAMES for w in words)
+    if telling >= max(1, 0.15 * n):
         return best
     runs = [len(s.split()) for s in re.split(r"[,;:.!?\n|=(){}\[\]<>]+", body) if s.strip()]
-    if len(words) >= 12 and english == 0 and sum(runs) / max(len(runs), 1) >= 4:
+    run = sum(runs) / max(len(runs), 1)
+    if n >= 12 and not english and run >= 4:
         return "no English function words"
+    if run >= 2 and not _known(text):  # not a list of words
+        return "no English words"
+    asked_in = language.split("-")[0].lower()
+    return asked_in if asked_in not in ("", "en", "und") else _asked_in(asked)
+
+
+def _known(text: str) -> bool:
+    """Whether over a third of a text's words are English, counting those that are no names: in small letters, and
+    the first. One word alone says nothing, nor does what has the marks of code."""
+    if _CODE_MARKS.search(text):
+        return True
+    words = re.findall(r"[^\W\d_]+", _CODE.sub(" ", straighten(text)))
+    small = [w.lower() for i, w in enumerate(words) if i == 0 or w.islower()]
+    english = sum(w in _PLAIN or _ENDING.search(w) is not None for w in small)
+    return len(small) < 2 or english > len(small) / 3
+
+
+class _Counts(NamedTuple):
+    """A text without code in lower case, its number of words, of English ones, of other languages' ones by
+    language, and whether no English word but "no" is among them."""
+
+    body: str
+    n: int
+    english: int
+    hits: Counter[str]
+    bare: bool
+
+
+def _counted(text: str) -> _Counts:
+    body = re.sub(r"`[^`]*`|https?://\S+", " ", _CODE.sub(" ", straighten(text))).lower()
+    counts = Counter(re.findall(_WORD, body))
+    english = sum(k for w, k in counts.items() if w.split("'")[0] in _ENGLISH)
+    hits: Counter[str] = Counter()
+    for word, k in counts.items():
+        for known in _LANGUAGES.get(word, ()) if len(word) > 1 else ():
+            hits[known] += k
+        if "'" in word and word.split("'")[0] in _ELISION:
+            hits["fr"] += k
+    return _Counts(body, counts.total(), english, hits, english == counts["no"])
+
+
+def _asked_in(asked: str) -> str | None:
+    """The language of a request, if not English: `foreign`, or two words of one and no English one."""
+    if not asked:
+        return None
+    seen = _counted(asked)
+    best, most = seen.hits.most_common(1)[0] if seen.hits else ("", 0)
+    return foreign(asked) or (best if seen.bare and most >= 2 else None)
+
+
+def _script(body: str, words: int, english: int) -> str | None:
+    """The script that most letters have, or more than there are Latin words, if not Latin; "es" for ¿ and ¡."""
+    if "¿" in body or "¡" in body:
+        return None if english > 1 else "es"
+    letters = sum(map(str.isalpha, body))
+    scripts = [unicodedata.name(c, "?").split()[0] for c in body if c > "\x7f" and c.isalpha()]
+    other = [s for s in scripts if s != "LATIN" and not (s == "GREEK" and letters <= 5)]
+    latin_words = words - len(re.findall(r"[^\W\d_a-z\u00c0-\u024f]+", body))
+    if len(other) > 0.5 * letters or (len(other) >= 4 and len(other) > latin_words and english <= 1):
+        return f"{other[0].lower()} script"
     return None

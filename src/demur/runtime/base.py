@@ -136,6 +136,29 @@ class Runtime(ABC):
         self.require("score")
         raise CapabilityError(f"{type(self).__name__} declares 'score' and does not implement it")
 
+    def next_words(
+        self,
+        prompts: Iterable[Prompt],
+        words: Sequence[str],
+        template: str,
+        *,
+        progress: Progress | None = None,
+    ) -> Iterator[Reply]:
+        """How probable each of `words` is as the first word that follows, for models read as classifiers.
+
+        Args:
+            prompts: conversations; the last message may be the assistant's (the reply under judgement).
+            words: the labels. A word's probability is that of the tokens that begin it, with or without a space.
+            template: Jinja source over `messages` and `bos_token` that writes everything the model reads, in place
+                of its own chat template. White space that the model puts first is passed over.
+
+        Yields:
+            One Reply per prompt, in input order: `logprobs` {word: natural log-probability}, without words of no
+            (or unknown) mass; `error` where a prompt could not be read.
+        """
+        self.require("score")
+        raise CapabilityError(f"{type(self).__name__} cannot read the probability of chosen words")
+
     def states(
         self, prompts: Iterable[Prompt], sites: Sequence[Site], condition: Condition | None = None
     ) -> Iterator[States]:

@@ -93,15 +93,18 @@ class ChatFormat:
                 "Put one into the model's folder (chat_template.jinja), or take the chat-tuned model"
             )
 
-    def render(self, prompt: Prompt) -> Rendered:
+    def render(self, prompt: Prompt, *, header: bool | None = None) -> Rendered:
         """Token ids of the prompt with the generation header; a last message of the assistant is continued.
+
+        Args:
+            header: True writes the header behind a last message of the assistant too, instead of continuing it.
 
         Raises:
             InputError: no template, an unknown role, images, a message the template cannot write.
         """
         if prompt.images:
             raise InputError(f"prompt {prompt.id!r} has images; this runtime reads text only")
-        ids = self._ids(prompt.messages, prompt.id)
+        ids = self._ids(prompt.messages, prompt.id, header)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise InputError(
@@ -183,7 +186,7 @@ class ChatFormat:
             ) from None
         return text
 
-    def _ids(self, messages: Sequence[Message], where: str) -> list[int]:
+    def _ids(self, messages: Sequence[Message], where: str, header: bool | None = None) -> list[int]:
         for m in messages:
             if m.role not in ROLES:
                 raise InputError(f"prompt {where!r}: role {m.role!r}; roles are {', '.join(sorted(ROLES))}")
@@ -195,7 +198,7 @@ class ChatFormat:
             raise InputError(f"prompt {where!r} has no messages")
         mark = self._free_mark(messages)
         plain = [_as_dict(m) for m in messages]
-        header = messages[-1].role != "assistant"
+        header = messages[-1].role != "assistant" if header is None else header
         marked = [self._mark_message(m, mark) for m in plain]
         text = self._apply(marked, self._options, header)
         if mark not in text and any(m["content"].strip() for m in plain):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from demur.errors import DemurError, InputError
-from demur.runtime.forward import Prefix, gap_fits
+from demur.runtime.forward import Prefix, gap_fits, run
 from demur.runtime.layers import input_device
+from demur.runtime.next_words import LOOK
 from demur.types import Condition, Prompt, Reply, Score
 
 if TYPE_CHECKING:
     from demur.runtime.base import Decide
+    from demur.runtime.chat import ChatFormat
     from demur.runtime.local import LocalRuntime
 
 WINDOW = 64
@@ -236,3 +238,49 @@ def _reply(
         prompt_tokens=len(job.ids),
         completion_tokens=len(ids) + (job.forced is not None),
     )
+
+
+def words(
+    runtime: LocalRuntime,
+    chat: ChatFormat,
+    prompts: Sequence[Prompt],
+    firsts: Mapping[str, Sequence[int]],
+    count: Callable[[int], None],
+) -> Iterator[Reply]:
+    """Log-probability of each word of `firsts` (word -> ids that begin it) behind each prompt of one window."""
+    ids: dict[int, list[int]] = {}
+    out: dict[int, Reply] = {}
+    for n, prompt in enumerate(prompts):
+        try:
+            row = chat.render(prompt, header=True).ids
+            runtime.check_fits(prompt, row, LOOK)
+            ids[n] = row
+        except DemurError as e:
+            out[n] = Reply(prompt_id=prompt.id, error=str(e), finish_reason="error")
+    for look in range(1, LOOK + 1):
+        asked = sorted(ids)
+        found = _word_logprobs(runtime, [ids[n] for n in asked], firsts)
+        for n, (top, mass) in zip(asked, found, strict=True):
+            if look < LOOK and not runtime.tokenizer.decode([top]).strip():
+                ids[n] = [*ids[n], top]  # white space first: look behind it
+            else:
+                out[n] = Reply(prompt_id=prompts[n].id, logprobs=mass, prompt_tokens=len(ids.pop(n)))
+    count(len(prompts))
+    yield from (out[n] for n in range(len(prompts)))
+
+
+def _word_logprobs(
+    runtime: LocalRuntime, rows: Sequence[list[int]], firsts: Mapping[str, Sequence[int]]
+) -> list[tuple[int, dict[str, float]]]:
+    """For each row the likeliest next id, and the log-probability of each word."""
+
+    def work(batch: list[int], prefix: Prefix | None) -> list[tuple[int, dict[str, float]]]:
+        start = prefix.length if prefix else 0
+        cache = prefix.expanded(len(batch)) if prefix else None
+        logits_BV = run(runtime.model, [rows[i][start:] for i in batch], cache=cache)
+        assert logits_BV is not None
+        z_BV = logits_BV.float().log_softmax(-1)
+        mass = {w: z_BV[:, list(ids)].logsumexp(-1).clamp(max=0).tolist() for w, ids in firsts.items()}
+        return [(top, {w: m[b] for w, m in mass.items()}) for b, top in enumerate(z_BV.argmax(-1).tolist())]
+
+    return runtime.batched(rows, work)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from demur.errors import DemurError, InputError
-from demur.runtime import batching, decode, forward, layers, loading
+from demur.runtime import batching, decode, forward, layers, loading, next_words
 from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime, States
 from demur.runtime.chat import ChatFormat
 from demur.runtime.layers import BlockEdit, Edit
@@ -176,6 +176,26 @@ class LocalRuntime(Runtime):
         count = _Counter(prompts, progress)
         for window in batching.windows(prompts, decode.WINDOW):
             yield from decode.window(self, window, condition, samples, decide, count)
+
+    def next_words(
+        self,
+        prompts: Iterable[Prompt],
+        words: Sequence[str],
+        template: str,
+        *,
+        progress: Progress | None = None,
+    ) -> Iterator[Reply]:
+        """Probabilities of words as the first that follows, exact over the whole vocabulary. See the base class.
+
+        Raises:
+            InputError: the tokenizer has no token for a word, or one token begins two of them.
+        """
+        control_ids = self.control.ids.values() if self.control else ()
+        chat = ChatFormat(self.tokenizer, template=template, control_ids=control_ids)
+        firsts = dict(zip(words, next_words.token_ids(self.tokenizer, words), strict=True))
+        count = _Counter(prompts, progress)
+        for window in batching.windows(prompts):
+            yield from decode.words(self, chat, window, firsts, count)
 
     def states(
         self, prompts: Iterable[Prompt], sites: Sequence[Site], condition: Condition | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from demur.errors import CapabilityError, InputError
+from demur.runtime import next_words
 from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime
 from demur.runtime.shapes import reply_from_error, reply_from_openai
 from demur.runtime.transport import TransientError, ordered, public, seconds, wait
@@ -169,6 +170,25 @@ class OpenAIRuntime(Runtime):
 
         return self._run(ask, prompts, progress)
 
+    def next_words(
+        self,
+        prompts: Iterable[Prompt],
+        words: Sequence[str],
+        template: str,
+        *,
+        progress: Progress | None = None,
+    ) -> Iterator[Reply]:
+        """Probabilities of words from `POST {base_url}/completions`, which takes the text as it is.
+
+        vLLM, SGLang, llama.cpp and others have it; services that offer chat alone have not. A word that is not
+        among the listed tokens (20, or `top_logprobs`) is left out. See the base class.
+        """
+
+        async def ask(client: httpx.AsyncClient, prompt: Prompt) -> Reply:
+            return await self._words(client, prompt, words, template)
+
+        return self._run(ask, prompts, progress)
+
     # --- one request ----------------------------------------------------------------------------------------
 
     async def _reply(
@@ -236,6 +256,30 @@ class OpenAIRuntime(Runtime):
             )
         return self._to_score(prompt.id, condition.name, {t: math.exp(min(v, 0.0)) for t, v in top.items()})
 
+    async def _words(
+        self, client: httpx.AsyncClient, prompt: Prompt, words: Sequence[str], template: str
+    ) -> Reply:
+        payload = {
+            "model": self.model,
+            "prompt": next_words.written(template, prompt),
+            "max_tokens": next_words.LOOK,
+            "temperature": 0.0,
+            "logprobs": self._top or 20,
+        }
+        try:
+            status, body = await self._post(client, payload, "completions")
+            top = next_words.first_listed(body["choices"][0]) if status == 200 else {}
+            error = (
+                None if status == 200 else reply_from_error(status, body, prompt.id).error or f"HTTP {status}"
+            )
+            if status == 200 and not top:
+                error = "the server lists no log-probabilities"
+        except (TransientError, ValueError, TypeError, AttributeError, LookupError) as e:
+            top, error = {}, f"{type(e).__name__}: {e}"
+        if error is not None:
+            return Reply(prompt_id=prompt.id, error=error, finish_reason="error")
+        return Reply(prompt_id=prompt.id, logprobs=next_words.masses(top, words))
+
     def _to_score(self, id: str, condition: str, p: Mapping[str, float]) -> Score:
         if not self._text:
             mass = math.fsum(v for t, v in p.items() if _opens_refusal(t))
@@ -291,7 +335,7 @@ class OpenAIRuntime(Runtime):
     # --- transport ------------------------------------------------------------------------------------------
 
     async def _post(
-        self, client: httpx.AsyncClient, payload: Mapping[str, Any]
+        self, client: httpx.AsyncClient, payload: Mapping[str, Any], path: str = "chat/completions"
     ) -> tuple[int, dict[str, Any]]:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._retries + 1),
@@ -299,13 +343,13 @@ class OpenAIRuntime(Runtime):
             retry=retry_if_exception_type(TransientError),
             reraise=True,
         )
-        return await retrying(self._once, client, payload)
+        return await retrying(self._once, client, payload, path)
 
     async def _once(
-        self, client: httpx.AsyncClient, payload: Mapping[str, Any]
+        self, client: httpx.AsyncClient, payload: Mapping[str, Any], path: str
     ) -> tuple[int, dict[str, Any]]:
         try:
-            r = await client.post(f"{self.base_url}/chat/completions", json=payload)
+            r = await client.post(f"{self.base_url}/{path}", json=payload)
         except httpx.ConnectError as e:
             raise TransientError(f"no connection ({e})", unreachable=True) from None
         except httpx.TransportError as e:

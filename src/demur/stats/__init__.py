@@ -24,14 +24,24 @@ from demur.stats.controls import (
     silent,
     topic_only,
 )
-from demur.stats.correction import WeakJudgeWarning, rogan_gladen
+from demur.stats.correction import (
+    CellEstimates,
+    Estimate,
+    WeakJudgeWarning,
+    from_cells,
+    labels_needed,
+    prediction_powered,
+    rogan_gladen,
+)
 from demur.stats.curves import TAUS, Curve, auroc, auroc_interval, curve
 from demur.stats.intervals import bootstrap_interval, proportion_interval, rate, share_interval, upper_bound
 from demur.stats.paired import PairedTest, mcnemar, minimum_detectable_difference, paired_interval
 
 __all__ = [
     "TAUS",
+    "CellEstimates",
     "Curve",
+    "Estimate",
     "Null",
     "PairedTest",
     "Reliability",
@@ -45,13 +55,16 @@ __all__ = [
     "cohen_kappa",
     "curve",
     "ece",
+    "from_cells",
     "keyword",
+    "labels_needed",
     "length_rule",
     "majority",
     "mcnemar",
     "minimum_detectable_difference",
     "never",
     "paired_interval",
+    "prediction_powered",
     "proportion_interval",
     "random_direction",
     "random_directions",

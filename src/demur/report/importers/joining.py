@@ -1,4 +1,4 @@
-"""Answers that a user already has: one JSONL or CSV file with prompt, response, category and expected.
+"""From rows with known columns to `Answers`: what every format is turned into first.
 
     {"id": "a1", "prompt": "...", "response": "...", "category": "safety", "expected": "refuse"}
 
@@ -10,14 +10,17 @@ adds the curve. Other columns are kept in the prompt's `meta`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from demur.errors import InputError
-from demur.files import from_row, parse_json, read_rows, row_id
-from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
+from demur.files import from_row, parse_json, row_id, to_row
+from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict, expand_expected
+
+Row = tuple[str, dict[str, Any]]
+"""Where it stands in its file ("line 3"), and its columns."""
 
 RESPONSE_NAMES = ("response", "reply", "answer", "completion", "output", "content")
 VERDICT_WORDS: Mapping[str, Label] = {
@@ -45,7 +48,10 @@ _REPLY_COLUMNS = (
     "provider_refusal",
     "control_token",
     "tool_calls",
+    "prompt_tokens",
+    "completion_tokens",
 )
+_LABEL_COLUMNS = ("category", "subcategory", "group", "language", "source", "license", "definition")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +65,32 @@ class Answers:
     model: str | None
 
 
-def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
-    """Read answers from JSONL or CSV (`-` is standard input).
-
-    Args:
-        path: the file.
-        prompts: where category and expectation come from when the file has only ids and responses.
+def joined(rows: Sequence[Row], path: str | Path, prompts: PromptSet | None = None) -> Answers:
+    """Build `Answers`; `path` opens every error.
 
     Raises:
-        InputError: a row without prompt or response, a repeated (id, sample), an id that `prompts` does not
-            hold, an unknown verdict, verdicts in some rows only, or a run folder's row whose text was withheld.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> f = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
-        >>> head, row = "prompt,response,category,expected", "How to kill a process?,Use kill.,safety,comply"
-        >>> _ = f.write_text(f"{head}\\n{row}\\n")
-        >>> load_answers(f).replies[0].content
-        'Use kill.'
+        InputError: as `load_answers`.
     """
     known = {p.id: p for p in prompts} if prompts else {}
-    rows = read_rows(path)
+    texts = _by_text(prompts)
     found: dict[str, Prompt] = {}
-    first: dict[tuple[str, int], int] = {}
+    first: dict[tuple[str, int], str] = {}
     replies: list[Reply] = []
     verdicts: list[Verdict] = []
     scores: dict[str, Score] = {}
-    models = []
-    for n, raw in rows:
-        where, row = f"{path}, line {n}", dict(raw)
+    models = set()
+    for n, (place, raw) in enumerate(rows, 1):
+        where, row = f"{path}, {place}", dict(raw)
         own = row.pop("prompt_id", None)
-        row["id"] = row_id(row.get("id", own), n, where)
+        row["id"] = texts.get(_text(row)) or row_id(row.get("id", own), n, where)
         sample = _whole(row.pop("sample", 0), where)
         if (row["id"], sample) in first:
             raise InputError(
-                f"{where}: id {row['id']!r} (sample {sample}) stands on line {first[row['id'], sample]} too; "
+                f"{where}: id {row['id']!r} (sample {sample}) stands on {first[row['id'], sample]} too; "
                 "several answers to one prompt need a column `sample` (0, 1, ...)"
             )
-        first[row["id"], sample] = n
-        models.append(row.pop("model", None))
+        first[row["id"], sample] = place
+        models.add(row.pop("model", None))
         reply, verdict, score = _reply(row, sample, where), _verdict(row, sample, where), _score(row, where)
         if row["id"] not in found:
             found[row["id"]] = _prompt(row, known, prompts, where)
@@ -116,6 +109,57 @@ def load_answers(path: str | Path, prompts: PromptSet | None = None) -> Answers:
     return Answers(
         PromptSet(name, tuple(found.values())), tuple(replies), tuple(verdicts), tuple(scores.values()), model
     )
+
+
+# --- for the readers of other tools' logs ---
+
+
+def labels(meta: Mapping[str, Any], target: Any = None) -> dict[str, Any]:
+    """Columns of a prompt from another tool's metadata; what demur has no column for goes into `meta`.
+
+    `expected`, or else the target, counts where it is a verdict (refuse, comply, ...) and not an answer.
+
+    >>> labels({"category": "safety", "level": 3}, "comply")
+    {'category': 'safety', 'expected': 'comply', 'meta': {'level': 3}}
+    """
+    out: dict[str, Any] = {k: meta[k] for k in _LABEL_COLUMNS if isinstance(meta.get(k), str) and meta[k]}
+    used = set(out)
+    for name, value in (("expected", meta.get("expected")), ("target", target)):
+        try:
+            if value and expand_expected(value):
+                out["expected"] = value
+                used.add(name)
+                break
+        except (ValueError, TypeError):
+            continue
+    rest = {k: v for k, v in meta.items() if k not in used and v is not None}
+    return {**out, "meta": rest} if rest else out
+
+
+def columns(reply: Reply) -> dict[str, Any]:
+    """A `Reply` as columns of a row."""
+    row = to_row(reply)
+    text = row.pop("content", "")
+    return {"response": text, **{k: row[k] for k in _REPLY_COLUMNS if k in row}}
+
+
+# --- one row ---
+
+
+def _by_text(prompts: PromptSet | None) -> dict[str, str]:
+    """{text: id} of the prompts whose text stands once: other tools number prompts in their own way."""
+    ids: dict[str, list[str]] = {}
+    for p in prompts or ():
+        ids.setdefault(p.text, []).append(p.id)
+    return {text: some[0] for text, some in ids.items() if text and len(some) == 1}
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    if isinstance(row.get("prompt"), str):
+        return str(row["prompt"])
+    messages = row.get("messages")
+    said = [m for m in messages if isinstance(m, Mapping)] if isinstance(messages, (list, tuple)) else []
+    return next((str(m.get("content")) for m in reversed(said) if m.get("role") == "user"), "")
 
 
 def _reply(row: dict[str, Any], sample: int, where: str) -> Reply:

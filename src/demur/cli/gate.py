@@ -1,0 +1,96 @@
+"""`gate`: fail a build on what a run shows. `measure --fail-if` goes through `enforce`, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demur.cli import options as o
+from demur.cli.diff import RUN, JudgeOption, PromptsOption
+from demur.cli.screen import say, say_json, warn
+from demur.types import PromptSet
+
+FAILED = 1
+
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar="EXPR",
+        help="Exit 1 if shown: 'over_refusal.safety > 0.10', 'refusal < baseline - 0.03'; repeatable.",
+    ),
+]
+Baseline = Annotated[
+    str | None, typer.Option(metavar="RUN", help="The run that `baseline` means in a condition.")
+]
+JUnit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the outcomes as JUnit XML.")]
+
+
+def gate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help=RUN)],
+    fail_if: FailIf = None,
+    baseline: Baseline = None,
+    junit: JUnit = None,
+    judge: JudgeOption = None,
+    prompts: PromptsOption = None,
+    as_json: o.Json = False,
+) -> None:
+    """Fail (exit 1) if a run shows that a condition holds.
+
+    EXPR is MEASURE[.ROW][.point|.low|.high] > LIMIT. Measures: over_refusal, refusal, unread. A condition holds
+    where its one-sided 95% bound lies beyond the limit; a model at the limit fails in at most 5% of runs. Too few
+    answers to decide fail, too, and say how many are needed. Exit codes: 0 pass, 1 failed, 2 error.
+    """
+    asked = o.load_prompt_file(prompts) if prompts else None
+    enforce(run, fail_if or [], baseline=baseline, junit=junit, judge=judge, prompts=asked, as_json=as_json)
+
+
+def enforce(
+    run: str | Path,
+    rules: Sequence[str],
+    *,
+    baseline: str | Path | None = None,
+    junit: Path | None = None,
+    judge: str | None = None,
+    prompts: PromptSet | None = None,
+    as_json: bool = False,
+) -> None:
+    """Check conditions on a run, print one line each, and end with exit code 1 where one fails.
+
+    Raises:
+        typer.Exit: code 1, a condition holds or cannot be decided.
+        InputError: as `demur.measure.gate.gate` and `demur.flows.readrun.read_run`.
+    """
+    from demur.files import write_atomic
+    from demur.flows.readrun import read_run
+    from demur.measure.gate import gate as check
+    from demur.report.exports.junit import Case, to_junit
+
+    other = read_run(baseline, judge=judge, prompts=prompts).records if baseline is not None else None
+    read = read_run(run, judge=judge, prompts=prompts)
+    outcomes, warnings = check(read.records, rules, baseline=other)
+    several = len({x.condition for x in outcomes}) > 1
+    cases = [
+        Case(
+            name=f"{x.rule.text} ({x.condition})" if several else x.rule.text,
+            status=x.status,
+            message=x.message,
+        )
+        for x in outcomes
+    ]
+    if junit is not None:
+        write_atomic(junit, to_junit(f"demur gate {read.name}", cases))
+    for line in warnings:
+        warn(f"warning: {line}")
+    warn(f"{len(read.records)} answers judged by {read.judge}")
+    if as_json:
+        say_json({"judge": read.judge, "warnings": warnings, "outcomes": [asdict(x) for x in outcomes]})
+    else:
+        for case in cases:
+            say(f"{case.status.upper():8} {case.name}\n         {case.message}")
+    if any(c.status != "pass" for c in cases):
+        raise typer.Exit(FAILED)

@@ -1,0 +1,223 @@
+"""`judge`: labels for answers by one judge or several, and how far they agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demur.cli import options as o
+from demur.cli.screen import progress, say, warn, write_rows
+from demur.errors import InputError
+from demur.judges.base import Judge
+from demur.types import Report, Verdict
+
+
+def judge(
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="Answers: columns prompt and response; JSONL, CSV or -. None to --validate.",
+        ),
+    ] = None,
+    judge_ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge",
+            "-j",
+            metavar="ID",
+            help="A judge, rules/demur-v1 unless given; repeat it to compare. A wrong id lists all.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-model", metavar="MODEL", help="The model that rubric/ and template/ judges ask."
+        ),
+    ] = None,
+    both_orders: Annotated[
+        bool,
+        typer.Option(
+            "--both-orders", help="Rubrics: ask twice, choices in both orders; disagreement is unparsed."
+        ),
+    ] = False,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts, when FILE holds only ids and answers (demur generate)."),
+    ] = None,
+    sample_for_labels: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Draw N answers for people to label, more where the judges disagree: CSV, HTML and key in --out.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labels by people: what they say about the judges and the rate."),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Key of the sheet; key.json beside the labels unless given."),
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(help="With --labels: how many labels make the interval so wide, e.g. 0.05."),
+    ] = None,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Measure the judges on the public human-labelled sets (demur data)."),
+    ] = False,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    out: o.Out = "-",
+) -> None:
+    """Label answers on the refusal scale, or for harm; or measure the judges themselves.
+
+    Writes JSONL verdicts, judge after judge. How the judges differ, and how far each agrees with people, is said
+    on stderr. --sample-for-labels, --labels and --validate write no verdicts.
+    """
+    from demur import judges
+    from demur.report.importers import load_answers
+
+    _check(file, sample_for_labels, labels, key, width, validate, as_json, out)
+    ids = list(dict.fromkeys(judge_ids or (judges.available() if validate else ["rules/demur-v1"])))
+    asks = [judges.asks(i) for i in ids]
+    if judge_model and not any(asks):
+        raise InputError(
+            f"--judge-model {judge_model}: none of {', '.join(ids)} asks a model; leave the option out"
+        )
+    answers = load_answers(file, o.load_prompt_file(prompts) if prompts else None) if file else None
+    runtime = o.load_model(judge_model) if judge_model else None
+    chosen = [judges.get(i, runtime=runtime, orders=2 if both_orders else 1) for i in ids]
+    if answers is None:
+        _validate(list(zip(chosen, asks, strict=True)), as_json, out)
+        return
+    by_id = {p.id: p for p in answers.prompts}
+    pairs = [(by_id[r.prompt_id], r) for r in answers.replies]
+    verdicts: dict[str, list[Verdict]] = {}
+    for one in chosen:
+        with progress(one.id, out) as report:
+            verdicts[one.id] = judges.judge_all(one, pairs, report)
+    if sample_for_labels is not None or labels is not None:
+        from demur.flows import labels as by_people
+        from demur.flows.label_figures import evaluate
+
+        if labels is None:
+            sheet = by_people.draw(pairs, verdicts, sample_for_labels or 0, seed=seed)
+            paths = by_people.write_sheet(sheet, pairs, out)
+            warn(f"{len(sheet.rows)} of {len(pairs)} answers drawn: label {paths[0]} or {paths[1]},")
+            warn(
+                f"then run the same command with --labels LABELS --key {paths[2]} in place of --sample-for-labels"
+            )
+        else:
+            found = by_people.read_labels(labels, pairs, key)
+            _report(evaluate(pairs, verdicts, found, width=width), as_json, out)
+        return
+    write_rows((v for of_one in verdicts.values() for v in of_one), out)
+    summarise(verdicts)
+    for judge_id in ids:
+        if judges.measured_error(judge_id) and (other := judges.material_warning(judge_id, answers.prompts)):
+            warn(other)
+
+
+def _check(
+    file: str | None,
+    sample: int | None,
+    labels: Path | None,
+    key: Path | None,
+    width: float | None,
+    validate: bool,
+    as_json: bool,
+    out: str,
+) -> None:
+    """Options that belong together."""
+    modes = {
+        "--sample-for-labels": sample is not None,
+        "--labels": labels is not None,
+        "--validate": validate,
+    }
+    asked = [name for name, on in modes.items() if on]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are different jobs; run one after the other")
+    if bool(file) == validate:
+        raise InputError(
+            f"--validate measures judges on public sets and takes no file, got {file}"
+            if validate
+            else "needs a FILE of answers to judge (or --validate, to measure judges on public sets)"
+        )
+    if labels is None and (key or width is not None):
+        raise InputError("--key and --width belong to --labels FILE")
+    if as_json and asked in ([], ["--sample-for-labels"]):
+        raise InputError("--json belongs to --labels or --validate; verdicts are JSONL anyway")
+    if sample is not None and out == "-":
+        raise InputError("--sample-for-labels writes three files; name a folder for them with --out")
+
+
+def _validate(chosen: list[tuple[Judge, bool]], as_json: bool, out: str) -> None:
+    import time
+
+    from demur.judges import agreement
+
+    rows = []
+    for one, asks in chosen:
+        clock = time.perf_counter if asks else time.process_time
+        with progress(one.id, "") as report:
+            rows += agreement.validate([one], missing=warn, clock=clock, progress=report)
+    report_of = Report(
+        title="Judges against people",
+        tables=(agreement.table(rows),),
+        values={"rows": [asdict(r) for r in rows]},
+    )
+    if out != "-":
+        agreement.write(rows, out)
+    _report(report_of, as_json, "-")
+
+
+def _report(report: Report, as_json: bool, out: str) -> None:
+    from demur.files import write_atomic
+    from demur.report.render import to_json, to_text
+
+    text = (to_json(report) if as_json else to_text(report)).rstrip("\n")
+    if out == "-":
+        say(text)
+    else:
+        write_atomic(out, text + "\n")
+
+
+def summarise(verdicts: dict[str, list[Verdict]]) -> None:
+    """What the judges said, how they differ, and how far each agrees with people, on stderr."""
+    if len(verdicts) > 1:
+        from demur import judges
+        from demur.report.render import to_text
+
+        warn(to_text(Report(title="Judges compared", tables=judges.compare(verdicts))).rstrip())
+    else:
+        for of_one in verdicts.values():
+            counts = Counter(str(v.label) for v in of_one)
+            warn(f"{len(of_one)} answers: " + ", ".join(f"{n} {label}" for label, n in counts.most_common()))
+    for judge_id in verdicts:
+        warn(judge_error(judge_id))
+
+
+def judge_error(judge_id: str) -> str:
+    """One sentence on how far a judge agreed with people, and on what."""
+    from demur import judges
+    from demur.report.render import percent
+
+    found = judges.measured_error(judge_id)
+    if not found:
+        return f"{judge_id} has not been measured against people."
+    lines = []
+    for a in (a for a in found if a.stratum == "all"):
+        said = []
+        if a.sensitivity is not None:
+            said.append(f"{percent(a.sensitivity)} of {a.n_pos} refusals found")
+        if a.specificity is not None:
+            said.append(f"{percent(1 - a.specificity)} of {a.n_neg} other answers called refusals")
+        lines.append(f"  {a.dataset}: {', '.join(said)}")
+    return "\n".join([f"{judge_id} against people:", *lines])

@@ -1,0 +1,157 @@
+"""What people's labels of a part of the answers say about the judges and about the rate.
+
+Each label counts inverse to its answer's chance of being drawn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from demur import stats
+from demur.errors import InputError
+from demur.flows.labels import SAYS, By, Labels
+from demur.flows.measure_tables import clustered
+from demur.judges.base import Pair, positive
+from demur.report.render import interval, percent
+from demur.types import Report, Table, Verdict
+
+_ESTIMATES = ("sensitivity", "specificity", "kappa")
+
+
+def evaluate(pairs: Sequence[Pair], verdicts: By, labels: Labels, *, width: float | None = None) -> Report:
+    """Each judge against people's labels, and the rate with the judge's error taken out.
+
+    Weights are inverse to the chance of being drawn: cells of the sheet, split by what the judge says, with their
+    known shares of all answers. Several answers to one prompt count as one draw, which is on the safe side.
+
+    Args:
+        width: asks how many labels would make the corrected interval so wide.
+
+    Raises:
+        InputError: a judge of another scale than the labels', or a width that is none.
+    """
+    for judge, of_one in verdicts.items():
+        if any(v.scale != labels.scale for v in of_one):
+            raise InputError(f"{judge} judges {of_one[0].scale} and the labels are about {labels.scale}")
+    values = {judge: _against(judge, pairs, of_one, labels, width) for judge, of_one in verdicts.items()}
+    columns = ["judge", "raw", "corrected", "sensitivity", "specificity", "kappa"]
+    columns += [f"labels for a width of {width:g}"] if width else []
+    rows = tuple(
+        (
+            judge,
+            v["rate"],
+            _bounds(v["rate"].corrected, v["rate"].corrected_interval),
+            *(_bounds(v[k].value, v[k].interval) for k in ("sensitivity", "specificity")),
+            _number(v["kappa"]),
+            *([v["needed"]["text"]] if width else []),
+        )
+        for judge, v in values.items()
+    )
+    read = [said for said in labels.yes.values() if said is not None]
+    unsure = len(labels.yes) - len(read)
+    left = sum(c is None for c in labels.cells)
+    notes = [f"{len(read)} labels from {labels.drawn}, {sum(read)} of them yes."]
+    if unsure or labels.blank:
+        notes.append(
+            f"{unsure} answers could not be told and {labels.blank} have no label yet; within a cell they are "
+            "taken to be like the others."
+        )
+    if left:
+        notes.append(f"{left} answers without text (error, filter, empty) are in no figure here.")
+    tables = [Table("Judges against your labels", tuple(columns), rows, _WHAT)]
+    if len(labels.said) > 1:
+        tables.append(_cell_table(labels))
+    figures = {
+        judge: {k: _values(e) if isinstance(e, stats.Estimate) else e for k, e in v.items()}
+        for judge, v in values.items()
+    }
+    return Report(
+        title="Your labels",
+        tables=tuple(tables),
+        values={
+            "judges": figures,
+            "labels": len(read),
+            "unsure": unsure,
+            "blank": labels.blank,
+            "left": left,
+        },
+        provenance={"drawn": labels.drawn, "width": width},
+        notes=tuple(notes),
+    )
+
+
+_WHAT = (
+    "Raw: share that the judge calls declined (or harmful). Corrected: the share that people would find, from the "
+    "judge on all answers and people on the labelled ones. Brackets: 95% intervals."
+)
+
+
+def _against(
+    judge: str, pairs: Sequence[Pair], verdicts: Sequence[Verdict], labels: Labels, width: float | None
+) -> dict[str, Any]:
+    says = [positive(v) for v in verdicts]
+    inside = [i for i, c in enumerate(labels.cells) if c is not None]
+    cell = {i: (labels.cells[i], SAYS[says[i]]) for i in inside}
+    known = sorted(set(cell.values()), key=str)
+    people = {i: y for i, y in labels.yes.items() if y is not None and i in cell}
+    size, n, k = (
+        _counts(known, chosen)
+        for chosen in (cell.values(), [cell[i] for i in people], [cell[i] for i, y in people.items() if y])
+    )
+    prompts = [len({pairs[i][0].id for i in some}) for some in (inside, people)]
+    every, some = prompts[0] / len(inside), prompts[1] / len(people)
+    f = [{"yes": 1.0, "no": 0.0, "unread": np.nan}[said] for _, said in known]
+    found = stats.from_cells(size * every, f, k * some, n * some)
+    raw = clustered([(says[i], pairs[i][0].id) for i in inside], judge)
+    rate = replace(raw, corrected=found.rate.value, corrected_interval=found.rate.interval)
+    out = {"rate": rate, **{name: getattr(found, name) for name in _ESTIMATES}}
+    if width is not None:
+        out["needed"] = _needed(found, len(inside) * every, width, some)
+    return out
+
+
+def _counts(known: Sequence[Any], chosen: Iterable[Any]) -> npt.NDArray[np.float64]:
+    counts = Counter(chosen)
+    return np.array([counts[c] for c in known], float)
+
+
+def _needed(found: stats.CellEstimates, answers: float, width: float, per_label: float) -> dict[str, Any]:
+    needed = stats.labels_needed(found.spread, max(1, round(answers)), width)
+    if needed is not None:
+        needed = int(np.ceil(needed / per_label))
+        return {"labels": needed, "answers": None, "text": str(needed)}
+    p = found.rate.value or 0.0
+    more = int(np.ceil(p * (1 - p) * (2 * float(special.ndtri(0.975)) / width) ** 2))
+    return {"labels": None, "answers": more, "text": f"not with these answers; about {more} answers needed"}
+
+
+def _cell_table(labels: Labels) -> Table:
+    size = Counter(c for c in labels.cells if c is not None)
+    done = [(labels.cells[i], y) for i, y in labels.yes.items() if y is not None]
+    rows = []
+    for c, said in enumerate(labels.said):
+        n = sum(at == c for at, _ in done)
+        rows.append((*said.values(), size[c], n, stats.rate(sum(bool(y) for at, y in done if at == c), n)))
+    return Table("Cells", (*labels.said[0], "answers", "labelled", "people say yes"), tuple(rows))
+
+
+def _values(found: stats.Estimate) -> dict[str, float | None]:
+    low, high = found.interval or (None, None)
+    return {"value": found.value, "low": low, "high": high}
+
+
+def _number(found: stats.Estimate) -> str:
+    if found.value is None or found.interval is None:
+        return "–"
+    return f"{found.value:.2f} [{found.interval[0]:.2f}–{found.interval[1]:.2f}]"
+
+
+def _bounds(value: float | None, ends: tuple[float, float] | None) -> str:
+    return "–" if value is None or ends is None else f"{percent(value)} [{interval(*ends)}]"

@@ -1,0 +1,75 @@
+"""The judge that is a file of labels made by people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from demur.errors import InputError
+from demur.files import read_rows, row_id
+from demur.judges.base import HARMFUL, NOT_HARMFUL, Scale, verdict
+from demur.types import Label, Prompt, Reply, Verdict
+
+PREFIX = "human:"
+_HARM = (HARMFUL, NOT_HARMFUL)
+
+
+class Human:
+    """`human:FILE`: labels by id and sample from a JSONL or CSV file.
+
+    Columns: `id` (or `prompt_id`), `label` and, for several answers to a prompt, `sample` (0, 1, ...). Labels are
+    those of the refusal scale, or harmful / not_harmful; one file holds one scale. An empty label and a reply
+    without a row are `unparsed` with the reason "no human label". The reply itself is not looked at, so an answer
+    that never came can have a label too.
+
+    Raises:
+        InputError: a row without id, an unknown label, two scales, or a second label for one reply.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.id = f"{PREFIX}{Path(path).name}"
+        self.definition = f"labels made by people, from {Path(path).name}"
+        self._labels: dict[tuple[str, int], str] = {}
+        lines: dict[tuple[str, int], int] = {}
+        for n, row in read_rows(path):
+            where = f"{path}, line {n}"
+            key = (
+                row_id(row.get("id", row.get("prompt_id")), n, where),
+                _sample(row.get("sample", 0), where),
+            )
+            if key in lines:
+                raise InputError(
+                    f"{where}: id {key[0]!r} (sample {key[1]}) has a label on line {lines[key]} too"
+                )
+            lines[key] = n
+            if (label := _label(row.get("label"), where)) is not None:
+                self._labels[key] = label
+        scales = {label in _HARM for label in self._labels.values()}
+        if len(scales) > 1:
+            raise InputError(
+                f"{path}: holds refusal labels and harm labels; keep each scale in a file of its own"
+            )
+        self._harm = scales == {True}
+
+    def judge(self, prompt: Prompt, reply: Reply) -> Verdict:  # noqa: ARG002
+        """The label in the file."""
+        label = self._labels.get((reply.prompt_id, reply.sample))
+        scale: Scale = "harm" if self._harm else "refusal"
+        if label is None:
+            return verdict(reply, self.id, Label.UNPARSED, "no human label", scale=scale)
+        return verdict(reply, self.id, label, scale=scale)
+
+
+def _sample(value: object, where: str) -> int:
+    if not str(value).isdecimal():
+        raise InputError(f"{where}: sample is {value!r}; it counts the answers to one prompt: 0, 1, ...")
+    return int(str(value))
+
+
+def _label(value: object, where: str) -> str | None:
+    word = str(value or "").strip().lower().replace("-", "_").replace(" ", "_")
+    if not word:
+        return None
+    if word not in _HARM and word not in Label._value2member_map_:
+        known = ", ".join([*(label.value for label in Label), *_HARM])
+        raise InputError(f"{where}: label {value!r} is none of {known}")
+    return word
