@@ -20,14 +20,14 @@ from demur.control.refusal_tokens import RefusalTokens, check_point
 from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.asking import askable
-from demur.flows.collect import Stage, collect, judged, sources, stratified
+from demur.flows.collect import Given, Stage, collect, judged, sources, stratified
 from demur.flows.runs import WINDOW, RunFolder
 from demur.flows.sections import affordable
 from demur.flows.settings import base_config, model_config, public_name, set_config
 from demur.flows.write import CardResult, report, write_card
-from demur.report.importers import Answers, load_answers
+from demur.report.importers import load_answers
 from demur.runtime.base import Decide, Runtime
-from demur.types import Condition, OperatingPoint, Prompt, PromptSet, Verdict
+from demur.types import Condition, OperatingPoint, Prompt, PromptSet
 
 __all__ = ["CardResult", "card", "card_from_replies", "report"]
 
@@ -246,7 +246,7 @@ def card_from_replies(
             ("replies", "verdicts"),
             {p.id: p for p in answers.prompts},
             answers.replies,
-            _Given(answers) if own else judges.get(judge),
+            Given(answers.verdicts) if own else judges.get(judge),
             keep_unsafe_text=keep_unsafe_text,
         )
         rows["scores"] = [to_row(s) for s in answers.scores]
@@ -254,16 +254,6 @@ def card_from_replies(
             if some:
                 write_atomic(run.file(stream), "".join(dumps_row(r) + "\n" for r in some))
         return write_card(run, share=share)
-
-
-class _Given:
-    """A judge that looks verdicts up in the user's file."""
-
-    def __init__(self, answers: Answers) -> None:
-        self._verdicts = {(v.prompt_id, v.sample): v for v in answers.verdicts}
-
-    def judge(self, prompt: Prompt, reply: Any) -> Verdict:
-        return self._verdicts[prompt.id, reply.sample]
 
 
 # --- planning ---

@@ -13,6 +13,7 @@ from demur.errors import CapabilityError
 from demur.files import to_row
 from demur.flows.runs import RunFolder, stored_row
 from demur.flows.settings import public_name
+from demur.judges.base import Judge, judge_all
 from demur.measure.refusal import row_of
 from demur.runtime.base import Decide, Progress, Runtime
 from demur.types import Condition, Prompt, PromptSet, Reply, Verdict
@@ -79,7 +80,7 @@ def stratified(prompts: PromptSet, n: int, seed: int = 0) -> tuple[Prompt, ...]:
 def collect(
     run: RunFolder,
     stages: Sequence[Stage],
-    judge: Any,
+    judge: Judge,
     *,
     keep_unsafe_text: bool = False,
     progress: bool = True,
@@ -111,7 +112,7 @@ def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
         run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))
 
 
-def _texts(run: RunFolder, stage: Stage, judge: Any, tick: Tick, *, keep_unsafe_text: bool) -> None:
+def _texts(run: RunFolder, stage: Stage, judge: Judge, tick: Tick, *, keep_unsafe_text: bool) -> None:
     def ask(prompts: Sequence[Prompt], done: int) -> Iterator[Reply]:
         return stage.runtime.generate(
             prompts,
@@ -135,19 +136,32 @@ def _texts(run: RunFolder, stage: Stage, judge: Any, tick: Tick, *, keep_unsafe_
                 commit(asked, replies)
 
 
+class Given:
+    """A judge that looks up verdicts that are there already."""
+
+    id = "given"
+    definition = "verdicts that came with the answers"
+
+    def __init__(self, verdicts: Iterable[Verdict]) -> None:
+        self._verdicts = {(v.prompt_id, v.sample): v for v in verdicts}
+
+    def judge(self, prompt: Prompt, reply: Reply) -> Verdict:
+        """The verdict of one reply."""
+        return self._verdicts[prompt.id, reply.sample]
+
+
 def judged(
     streams: tuple[str, ...],
     prompts: Mapping[str, Prompt],
     replies: Iterable[Reply],
-    judge: Any,
+    judge: Judge,
     *,
     keep_unsafe_text: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows for the reply and verdict streams; a reason may quote the answer, so it goes where that goes."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in streams}
-    for reply in replies:
-        prompt = prompts[reply.prompt_id]
-        verdict: Verdict = judge.judge(prompt, reply)
+    pairs = [(prompts[reply.prompt_id], reply) for reply in replies]
+    for (prompt, reply), verdict in zip(pairs, judge_all(judge, pairs), strict=True):
         row = stored_row(prompt, reply, verdict, keep_unsafe_text=keep_unsafe_text)
         rows[streams[0]].append(row)
         rows[streams[1]].append(to_row(replace(verdict, reason=None) if "withheld" in row else verdict))

@@ -25,7 +25,7 @@ from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.asking import askable
 from demur.flows.batchfiles import BatchOutput, shard_of
-from demur.flows.collect import Stage, collect, judged, sources
+from demur.flows.collect import Given, Stage, collect, judged, sources
 from demur.flows.measure_tables import Tally, report_of
 from demur.flows.runs import WINDOW, RunFolder, differing
 from demur.flows.settings import base_config, model_config, public_name
@@ -33,7 +33,7 @@ from demur.judges import Judge, judge_all
 from demur.report.importers import Answers
 from demur.report.render import to_json
 from demur.runtime.base import Runtime
-from demur.types import Condition, OperatingPoint, Prompt, PromptSet, Reply, Report, Verdict
+from demur.types import Condition, OperatingPoint, Prompt, PromptSet, Report
 
 DEFAULT_JUDGE = "rules/demur-v1"
 
@@ -134,7 +134,7 @@ def measure(
         window = WINDOW if runtime.deterministic else 1
         stages = [replace(s, prompts=tuple(shard_of(s.prompts, shard, window))) for s in stages]
         config["shard"] = {"i": shard[0], "n": shard[1], "window": window}
-    with _Folder(out) as run:
+    with RunFolder(out) as run:
         run.start(config, fresh=fresh)
         run.save_prompts(prompts)
         collect(run, stages, reader, keep_unsafe_text=keep_unsafe_text, progress=progress)
@@ -180,7 +180,7 @@ def measure_answers(
     }
     by_id = {p.id: p for p in answers.prompts}
     verdicts = answers.verdicts or judge_all(reader, [(by_id[r.prompt_id], r) for r in answers.replies])
-    with _Folder(out) as run:
+    with RunFolder(out) as run:
         # nothing was paid for in an earlier report on a file, so it may go; a model's run may not
         again = (run.path / "run.json").exists() and run.config.get("kind") == "replies"
         run.start(config, fresh=fresh or again)
@@ -189,7 +189,7 @@ def measure_answers(
             ("replies", "verdicts"),
             by_id,
             answers.replies,
-            _Given(verdicts),
+            Given(verdicts),
             keep_unsafe_text=keep_unsafe_text,
         )
         for stream, some in rows.items():
@@ -228,7 +228,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, *, fresh: bool = False
         keys = [(p.id, s) for p in part for s in range(base["samples"])]
         for name in streams:
             _check_complete(run, name, keys)
-    with _Folder(out) as run:
+    with RunFolder(out) as run:
         if (run.path / "run.json").exists() and "shard" in run.config:
             raise InputError(f"{run.path}: holds a part of a run; pass another folder to join the parts in")
         run.start(base, fresh=fresh)
@@ -247,7 +247,7 @@ def report(out: str | Path) -> Measured:
     Raises:
         InputError: no run of `measure` there.
     """
-    with _Folder(out) as run:
+    with RunFolder(out) as run:
         return _write_report(run)
 
 
@@ -288,16 +288,6 @@ def checked_conditions(conditions: Sequence[Condition], samples: int) -> tuple[C
 
 
 # --- the folder ---
-
-
-class _Folder(RunFolder):
-    """A run folder whose finished streams are not read into memory to find that they are in order."""
-
-    def settle(self, names: Sequence[str], prompts: Sequence[Prompt], *, samples: int = 1) -> None:
-        """Bring finished streams into prompt order."""
-        keys = [(p.id, s) for p in prompts for s in range(samples)]
-        loose = [n for n in names if self.file(n).exists() and [_key(r) for r in _rows(self, n)] != keys]
-        super().settle(loose, prompts, samples=samples)
 
 
 def _streams(conditions: Sequence[Condition]) -> list[tuple[str, str]]:
@@ -351,16 +341,6 @@ def _tally(run: RunFolder, condition: Mapping[str, Any], prompts: Sequence[Promp
     if run.config["kind"] == "replies":  # a file may hold more answers to some prompts than to others
         labels = [[label for label in some if label is not None] for some in labels]
     return Tally(condition["name"], prompts, labels)
-
-
-class _Given:
-    """A judge that looks up verdicts that are there already."""
-
-    def __init__(self, verdicts: Sequence[Verdict]) -> None:
-        self._verdicts = {(v.prompt_id, v.sample): v for v in verdicts}
-
-    def judge(self, prompt: Prompt, reply: Reply) -> Verdict:
-        return self._verdicts[prompt.id, reply.sample]
 
 
 # --- shards ---

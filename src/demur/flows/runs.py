@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +195,17 @@ class RunFolder:
         """Bring finished streams into prompt order, the last row of a repeated question winning. Atomic."""
         order = {(p.id, s): i * samples + s for i, p in enumerate(prompts) for s in range(samples)}
         for name in names:
+            if not self.file(name).exists() or self._in_order(name, order):
+                continue  # streamed: a long run is not read into memory to find that it is in order
             last = {_key(row): row for row in self.rows(name)}
             rows = [last[key] for key in sorted(last, key=lambda k: order.get(k, len(order)))]
             text = "".join(dumps_row(row) + "\n" for row in rows).encode("utf-8", "surrogatepass")
-            if self.file(name).exists() and text != self.file(name).read_bytes():
-                write_atomic(self.file(name), text)
+            write_atomic(self.file(name), text)
+
+    def _in_order(self, name: str, keys: Iterable[tuple[str, int]]) -> bool:
+        with self.file(name).open("rb") as f:
+            rows = (_key(json.loads(line)) if line.endswith(b"\n") else None for line in f)
+            return all(row == key for row, key in zip_longest(rows, keys))
 
     def note(self, stage: str, reason: str | None) -> None:
         """Record why a stage gave nothing; None takes the record away."""
