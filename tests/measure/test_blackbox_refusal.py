@@ -148,7 +148,7 @@ def test_a_saved_model_needs_no_scikit_learn(
         model.words,
         model.C,
     )
-    with pytest.raises(MissingExtra, match="local"):
+    with pytest.raises(MissingExtra, match="predict"):
         fit(new, ["a", "b"] * 5, reads="prompt")
 
 
