@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from demur.cli import options as o
 from demur.cli.screen import progress, say, warn, write_rows
 from demur.errors import InputError
-from demur.judges.base import Judge
 from demur.types import Report, Verdict
+
+if TYPE_CHECKING:
+    from demur.judges.base import Judge
 
 
 def judge(

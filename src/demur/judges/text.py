@@ -117,14 +117,14 @@ def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
 
 
 def _known(text: str) -> bool:
-    """Whether over a third of a text's words are English, counting those that are no names: in small letters, and
+    """Whether a third of a text's words are English, counting those that are no names: in small letters, and
     the first. One word alone says nothing, nor does what has the marks of code."""
     if _CODE_MARKS.search(text):
         return True
     words = re.findall(r"[^\W\d_]+", _CODE.sub(" ", straighten(text)))
     small = [w.lower() for i, w in enumerate(words) if i == 0 or w.islower()]
     english = sum(w in _PLAIN or _ENDING.search(w) is not None for w in small)
-    return len(small) < 2 or english > len(small) / 3
+    return len(small) < 2 or english >= len(small) / 3
 
 
 class _Counts(NamedTuple):

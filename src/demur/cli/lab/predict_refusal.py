@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from demur.measure.blackbox_refusal import Record
 
 
+METHOD = "blackbox-refusal"
+"""The method of this command, whose name is another."""
+
+
 class Action(StrEnum):
     """What to do with FILE."""
 
