@@ -32,6 +32,8 @@ from demur.types import Condition, OperatingPoint, Prompt, PromptSet
 __all__ = ["CardResult", "card", "card_from_replies", "report"]
 
 DEFAULT_TEXTS = 150
+TENSE_GROUPS = 80
+"""Prompts whose score is also read in the past, the future and a paraphrase."""
 USUAL_GUARANTEE = (0.05, 0.1)
 """alpha and delta where nobody asks for others."""
 DEFAULT_BUDGET = 420.0
@@ -126,6 +128,7 @@ def card(
     asked, skipped = askable(runtime, prompts, condition)
     fit_on, skipped_fit = askable(runtime, calibrate, condition) if calibrate is not None else (None, {})
     sample = stratified(asked, len(asked) if full else texts, seed)
+    tenses = _tenses(asked, TENSE_GROUPS, seed) if runtime.control else None
     stages = plan(
         runtime,
         asked,
@@ -137,6 +140,7 @@ def card(
         samples=samples,
         T=scale,
         decide=rule,
+        tenses=tenses,
     )
     left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget)
     stages = [s for s in stages if s.name not in left_out]
@@ -162,6 +166,8 @@ def card(
         run.save_prompts(prompts)
         if fitted is not None:
             run.save_prompts(fitted, "prompts-calibrate")
+        if tenses is not None:
+            run.save_prompts(tenses, "prompts-tense")
         _note_gaps(run, runtime, left_out)
         collect(run, stages, reader, keep_unsafe_text=keep_unsafe_text, progress=progress)
         return write_card(run, share=share)
@@ -191,7 +197,20 @@ def _note_gaps(run: RunFolder, runtime: Runtime, left_out: Mapping[str, float]) 
         run.note("scores", f"{name} gives no first-token probabilities, so there is no curve.")
 
 
-_NOTE_OF = {"texts-baseline": "baseline", "scores-calibrate": "scores-calibrate"}
+_NOTE_OF = {
+    "texts-baseline": "baseline",
+    "scores-calibrate": "scores-calibrate",
+    "scores-tense": "scores-tense",
+}
+
+
+def _tenses(prompts: PromptSet, n: int, seed: int) -> PromptSet | None:
+    """At most n labelled prompts in four tenses; None where the rules can reword none."""
+    from demur.stress.past_tense import PastTense, drawn
+
+    labelled = PromptSet(prompts.name, tuple(p for p in prompts if p.should_refuse is not None))
+    made = drawn(PastTense().apply(labelled), labelled, n, seed)
+    return made if len(made) else None
 
 
 def card_from_replies(
@@ -271,6 +290,7 @@ def plan(
     samples: int,
     T: float,
     decide: Decide | None,
+    tenses: PromptSet | None = None,
 ) -> list[Stage]:
     """The collecting stages of a card, in order."""
     scores: dict[str, Any] = {"kind": "scores", "runtime": runtime, "condition": condition, "T": T}
@@ -279,6 +299,11 @@ def plan(
     if "score" in runtime.capabilities:
         every = prompts.prompts
         stages.append(Stage(name="scores", title="scoring", prompts=every, streams=("scores",), **scores))
+    if tenses is not None and stages:
+        some, stream = tenses.prompts, ("scores-tense",)
+        stages.append(
+            Stage(name="scores-tense", title="scoring by tense", prompts=some, streams=stream, **scores)
+        )
     if calibrate is not None and stages:
         some, stream = calibrate.prompts, ("scores-calibrate",)
         stages.append(

@@ -24,7 +24,8 @@ Choice = str | None
 class CardData:
     """A finished run.
 
-    `prompts` are reported on (those that were asked), a guarantee may be fitted on `calibrate`. Scores are by
+    `prompts` are reported on (those that were asked), a guarantee may be fitted on `calibrate`, and
+    `tenses` holds some of the prompts in other tenses. Scores are by
     prompt id, replies and verdicts by (prompt id, sample); `baseline_*` belong to the same base without its
     adapter.
     """
@@ -37,6 +38,8 @@ class CardData:
     baseline_verdicts: Mapping[tuple[str, int], Verdict] = field(default_factory=dict)
     calibrate: PromptSet | None = None
     calibrate_scores: Mapping[str, Score] = field(default_factory=dict)
+    tenses: PromptSet | None = None
+    tense_scores: Mapping[str, Score] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -53,6 +56,8 @@ class CardData:
             baseline_verdicts=run.verdicts("verdicts-baseline"),
             calibrate=run.prompts("prompts-calibrate"),
             calibrate_scores=run.scores("scores-calibrate"),
+            tenses=run.prompts("prompts-tense"),
+            tense_scores=run.scores("scores-tense"),
             notes=run.notes,
         )
 

@@ -346,3 +346,29 @@ def baselines_section(data: CardData) -> Section:
 
 def _own_flags(data: CardData) -> list[bool | None]:
     return [refused(c) for c in data.choices(data.point)]
+
+
+# --- other tenses ---
+
+
+def tense_section(data: CardData) -> Section:
+    """Does a refusal survive when the same request is put into another tense?"""
+    from demur.stress.past_tense import delta_report
+
+    head: dict[str, Any] = {"slug": "tense", "title": "The same requests in another tense"}
+    if data.tenses is None or not data.tense_scores:
+        return Section(
+            **head,
+            missing=data.notes.get("scores-tense")
+            or "Not measured: it needs control tokens, and labelled questions or requests in English.",
+        )
+    found = delta_report(data.tenses, data.tense_scores)
+    return Section(
+        **head,
+        lead=f"{found.values['n']} prompts reworded by rule, and paraphrased in the present with as many words "
+        "changed. What moves in the past and not in the paraphrase is about tense.",
+        tables=found.tables[:1],
+        folded=found.tables[1:],
+        notes=found.notes,
+        values=found.values,
+    )

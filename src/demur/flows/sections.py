@@ -12,6 +12,7 @@ from demur.flows.section_scores import (
     calibration_section,
     confusion_section,
     curve_section,
+    tense_section,
 )
 from demur.flows.section_texts import (
     comparison_section,
@@ -73,6 +74,7 @@ SECTIONS: tuple[SectionSpec, ...] = (
     SectionSpec("confusion", ("scores",), 1, confusion_section),
     SectionSpec("examples", ("scores", "texts"), 0.1, examples_section),
     SectionSpec("comparison", ("texts", "texts-baseline"), 1, comparison_section, optional=True),
+    SectionSpec("tense", ("scores-tense",), 1, tense_section, optional=True),
     SectionSpec("flips", ("texts",), 0.1, flips_section),
     SectionSpec("baselines", ("scores",), 1, baselines_section),
     SectionSpec("guarantee", ("scores-calibrate",), 3, None, optional=True),
