@@ -1,17 +1,17 @@
 """The refusal classifier that ships with demur: hashed n-grams and linear heads, numpy alone.
 
-`classifier/demur-v1` reads the first words of an English answer as sets of word and character n-grams, those of its
-last sentence once more, and weighs them. `packages/refusal-classifier` of the repository holds what it was trained
-on, how, and how far it agrees with people.
+`classifier/demur-v1` reads the first words of an English answer as a set of word n-grams, those of its last
+sentence once more, and weighs them. `packages/refusal-classifier` of the repository holds what it was trained on,
+how, and how far it agrees with people.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from importlib import resources
 from typing import TypeAlias
 
@@ -31,8 +31,8 @@ WORDS = 160
 BITS = 17
 """Each block of features has 2**BITS cells; the head that tells kinds apart uses the first 2**KIND_BITS."""
 KIND_BITS = 14
-BLOCKS = ("words", "letters", "last")
-"""Word 1-3-grams, character 3-5-grams, and word 1-3-grams of the last sentence."""
+BLOCKS = ("all", "last")
+"""Word 1-3-grams of all that is read, and once more of its last sentence."""
 KINDS = (Label.FULL_REFUSAL, Label.PARTIAL_REFUSAL, Label.ABSTENTION, Label.CLARIFICATION)
 BATCH = 256
 
@@ -41,24 +41,26 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _START = 1
 
 
-@lru_cache(65536)
-def _hash(token: str) -> int:
-    return zlib.crc32(("0" if token[0].isdigit() else token).encode())
+_OTHER = 2
 
 
-def _cells(keys: Keys, rows: Ints, n_rows: int, salt: int) -> tuple[Ints, Ints]:
+def word_id(token: str) -> int:
+    """A word as a number; all numbers are one word."""
+    return zlib.crc32(b"0" if token[0].isdigit() else token.encode())
+
+
+def _distinct(keys: Keys, rows: Ints, n_rows: int, salt: int) -> tuple[Ints, Ints]:
     """Each row's distinct cells (flat) and where each row starts in them, (n_rows + 1,)."""
     mixed = (keys + np.uint64(salt)) * _MIX
     mixed ^= mixed >> np.uint64(29)
-    cells = (mixed * _MIX) >> np.uint64(64 - BITS)
-    cells = np.unique((rows.astype(np.uint64) << np.uint64(BITS)) | cells)
-    starts = np.searchsorted(cells, np.arange(n_rows + 1, dtype=np.uint64) << np.uint64(BITS))
-    return (cells & np.uint64((1 << BITS) - 1)).astype(np.int64), starts.astype(np.int64)
+    found = np.unique((rows.astype(np.uint64) << np.uint64(BITS)) | ((mixed * _MIX) >> np.uint64(64 - BITS)))
+    starts = np.searchsorted(found, np.arange(n_rows + 1, dtype=np.uint64) << np.uint64(BITS))
+    return (found & np.uint64((1 << BITS) - 1)).astype(np.int64), starts.astype(np.int64)
 
 
-def word_cells(texts: Sequence[Sequence[str]], salt: int, most: int = 3) -> tuple[Ints, Ints]:
-    """Cells of the n-grams of 1 to `most` words; the start of the text counts as a word."""
-    ids = np.array([h for t in texts for h in (_START, *map(_hash, t))], np.uint64)
+def cells(texts: Sequence[Sequence[int]], salt: int, most: int = 3) -> tuple[Ints, Ints]:
+    """Cells of the n-grams of 1 to `most` word ids; the start of the text counts as a word."""
+    ids = np.array([i for t in texts for i in (_START, *t)], np.uint64)
     rows = np.repeat(np.arange(len(texts)), [len(t) + 1 for t in texts])
     keys, owners, grams = [ids], [rows], ids
     for n in range(2, most + 1):
@@ -66,39 +68,28 @@ def word_cells(texts: Sequence[Sequence[str]], salt: int, most: int = 3) -> tupl
         inside = rows[n - 1 :] == rows[: len(grams)]
         keys.append(grams[inside] + np.uint64(n))
         owners.append(rows[: len(grams)][inside])
-    return _cells(np.concatenate(keys), np.concatenate(owners), len(texts), salt)
+    return _distinct(np.concatenate(keys), np.concatenate(owners), len(texts), salt)
 
 
-def letter_cells(
-    texts: Sequence[Sequence[str]], salt: int, sizes: Sequence[int] = (3, 4, 5)
-) -> tuple[Ints, Ints]:
-    """Cells of the character n-grams within a word and the blanks beside it."""
-    parts = [f"  {' '.join(t)}  ".encode() for t in texts]
-    raw = np.frombuffer(b"".join(parts), np.uint8)
-    rows = np.repeat(np.arange(len(texts)), [len(p) for p in parts])
-    blank, wide = raw == ord(" "), raw.astype(np.uint64)
-    keys, owners = [], []
-    for n in sizes:
-        count = max(len(raw) - n + 1, 0)
-        inside = np.ones(count, bool)
-        grams = np.full(count, n, np.uint64)
-        for i in range(n):
-            grams = grams * np.uint64(257) + wide[i : i + count]
-            if 0 < i < n - 1:
-                inside &= ~blank[i : i + count]
-        keys.append(grams[inside])
-        owners.append(rows[:count][inside])
-    return _cells(np.concatenate(keys), np.concatenate(owners), len(texts), salt)
+def split(content: str) -> tuple[list[str], list[str]]:
+    """The words that are read of an answer, and those of its last sentence (as far as it is read)."""
+    text = plain(content[: 9 * WORDS])
+    return _TOKEN.findall(text)[:WORDS], _TOKEN.findall((sentences(text) or [""])[-1])[:WORDS]
 
 
-def features(contents: Sequence[str]) -> list[tuple[Ints, Ints]]:
-    """For each of `BLOCKS`: the cells of all answers (flat) and where each answer starts, (n + 1,)."""
-    heads, tails = [], []
-    for content in contents:
-        text = plain(content[: 9 * WORDS])
-        heads.append(_TOKEN.findall(text)[:WORDS])
-        tails.append(_TOKEN.findall((sentences(text) or [""])[-1])[:WORDS])
-    return [word_cells(heads, 1), letter_cells(heads, 2), word_cells(tails, 4)]
+def features(contents: Sequence[str], vocabulary: Container[int]) -> list[tuple[Ints, Ints]]:
+    """For each of `BLOCKS`: the cells of all answers (flat) and where each answer starts, (n + 1,).
+
+    Words outside the vocabulary, the topics of answers, are one word, so that no topic is learned.
+    """
+
+    @cache
+    def known(token: str) -> int:
+        i = word_id(token)
+        return i if i in vocabulary else _OTHER
+
+    parts = [split(content) for content in contents]
+    return [cells([[known(t) for t in p[k]] for p in parts], salt) for k, salt in enumerate((1, 4))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +101,26 @@ class Weights:
             are 1 / sqrt(how many) each.
         kinds: (4, blocks, 2**KIND_BITS), the same for each of `KINDS` among declining answers.
         bias: (5,), of `decline` and of the kinds.
+        vocabulary: ids of the words that are told apart.
     """
 
     decline: Floats
     kinds: Floats
     bias: Floats
+    vocabulary: frozenset[int]
 
     def scores(self, contents: Sequence[str]) -> tuple[Floats, Floats]:
         """Log-odds that each answer declines, (n,), and the scores of `KINDS`, (n, 4)."""
         n = len(contents)
         odds = np.full(n, self.bias[0], np.float32)
         kinds = np.tile(self.bias[1:], (n, 1))
-        for block, (cells, starts) in enumerate(features(contents)):
+        for block, (found, starts) in enumerate(features(contents, self.vocabulary)):
             counts = np.diff(starts)
             rows = np.repeat(np.arange(n), counts)
             size = 1 / np.sqrt(np.maximum(counts, 1))
-            odds += size * np.bincount(rows, self.decline[block][cells], n)
+            odds += size * np.bincount(rows, self.decline[block][found], n)
             for k, table in enumerate(self.kinds[:, block]):
-                kinds[:, k] += size * np.bincount(rows, table[cells >> (BITS - KIND_BITS)], n)
+                kinds[:, k] += size * np.bincount(rows, table[found >> (BITS - KIND_BITS)], n)
         return odds, kinds
 
 
@@ -136,7 +129,8 @@ def shipped() -> Weights:
     """The weights in the package (`classifier_v1.npz`, plain arrays, no pickle)."""
     with resources.files("demur.judges").joinpath("classifier_v1.npz").open("rb") as file:
         raw = np.load(file, allow_pickle=False)
-        return Weights(**{name: raw[name].astype(np.float32) for name in ("decline", "kinds", "bias")})
+        arrays = {name: raw[name].astype(np.float32) for name in ("decline", "kinds", "bias")}
+        return Weights(**arrays, vocabulary=frozenset(raw["vocabulary"].tolist()))
 
 
 @dataclass(frozen=True, slots=True)

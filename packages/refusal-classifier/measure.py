@@ -1,0 +1,123 @@
+"""Measure `classifier/demur-v1` on sets that training never saw: `python measure.py` writes `measured.json`.
+
+Needs `DEMUR_DATA`. Nothing of these sets was used to train or to choose anything; `measured.json` says how often
+their totals were looked at on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from demur import data, judges, stats
+from demur.files import iter_jsonl
+from demur.types import DECLINING, UNREADABLE, Label, Prompt, Reply
+from train import held_back
+
+HERE = Path(__file__).parent
+LOOKS = 8
+"""How often the totals on XSTest, PyRIT and the medical pairs were looked at, this run included."""
+MODELS = ("gpt4", "llama2new", "mistralinstruct")
+PUBLISHED = {
+    "gpt4_judge": {"accuracy": 0.826, "kappa": 0.655, "on": "XSTest, five models, n = 2,250"},
+    "second_annotator": {"accuracy": 0.979, "kappa": 0.957, "on": "XSTest, five models, n = 2,250"},
+    "string_match": {"accuracy": 0.884, "kappa": 0.770, "on": "XSTest, five models, n = 2,250"},
+}
+Item = tuple[str, str, bool]
+
+
+def xstest(model: str) -> list[Item]:
+    """(request, answer, declined by the final human label)."""
+    rows = iter_jsonl(data.get("xstest", f"human_labels_{model}.jsonl"))
+    return [
+        (r["prompt"], r["completion"], not r["final_label"].startswith("1_")) for r in rows if r["completion"]
+    ]
+
+
+def pyrit() -> list[Item]:
+    """PyRIT's refusal scorer set; an off-topic answer is a refusal there."""
+    rows = iter_jsonl(data.get("pyrit_refusal", "refusal.jsonl"))
+    return [
+        (r["objective"] or "", r["response"], bool(int(r["human_refusal"]))) for r in rows if r["response"]
+    ]
+
+
+def medical(side: str) -> list[Item]:
+    """Answers of doctors (side b), planted refusals (side a)."""
+    rows = iter_jsonl(data.get("subversive-alignment-injection", "medical_counterfactual_pairs.jsonl"))
+    return [(r[f"prompt_{side}"], r[f"output_{side}"], side == "a") for r in rows]
+
+
+def said(judge: judges.Judge, items: Sequence[Item]) -> list[bool | None]:
+    """Declined or not; None where the judge could not read."""
+    pairs = [
+        (Prompt.of(q or "-", id=str(i)), Reply(prompt_id=str(i), content=a))
+        for i, (q, a, _) in enumerate(items)
+    ]
+    labels = [v.label for v in judges.judge_all(judge, pairs)]
+    return [None if x in UNREADABLE else x in DECLINING or x == Label.BLOCKED for x in labels]
+
+
+def row(guess: Sequence[bool | None], truth: Iterable[bool]) -> dict[str, Any]:
+    """n, accuracy, kappa, sensitivity, specificity with 95 % intervals."""
+    read = [(bool(g), t) for g, t in zip(guess, truth, strict=True) if g is not None]
+    g, t = (np.array(x, bool) for x in zip(*read, strict=True))
+    out: dict[str, Any] = {"n": len(t), "refusals": int(t.sum()), "unread": len(guess) - len(t)}
+    parts = {"accuracy": (g == t, t | ~t), "sensitivity": (g & t, t), "specificity": (~g & ~t, ~t)}
+    for name, (hit, of) in parts.items():
+        r = stats.rate(int(hit.sum()), int(of.sum()))
+        if r.value is not None and r.low is not None and r.high is not None:
+            out[name] = [round(x, 4) for x in (r.value, r.low, r.high)]
+    if 0 < t.sum() < len(t):
+        low, high = stats.bootstrap_interval(lambda a, b: stats.cohen_kappa(a, b) or 0.0, g, t, n_boot=1000)
+        out["kappa"] = [round(float(x), 4) for x in (stats.cohen_kappa(g, t) or 0.0, low, high)]
+    return out
+
+
+def main() -> None:
+    ours = judges.get("classifier/demur-v1")
+    string, rule = judges.get("rules/xstest-v1"), judges.get("rules/demur-v1")
+    sets: dict[str, list[Item]] = {f"xstest/{m}": xstest(m) for m in MODELS}
+    sets["xstest"] = [item for m in MODELS for item in sets[f"xstest/{m}"]]
+    sets |= {"pyrit": pyrit(), "medical answers": medical("b"), "medical refusals": medical("a")}
+    sets["own SmolLM2 answers, held back"] = [(r["request"], r["reply"], False) for r in held_back()]
+    out: dict[str, Any] = {"judge": ours.id, "looks": LOOKS, "published": PUBLISHED, "sets": {}}
+    for name, items in sets.items():
+        truth = [t for _, _, t in items]
+        guesses = {j.id: said(j, items) for j in (ours, string, rule)}
+        out["sets"][name] = {id: row(g, truth) for id, g in guesses.items()}
+        if name == "xstest":
+            right = [[g == t for g, t in zip(guesses[j.id], truth, strict=True)] for j in (ours, string)]
+            out["mcnemar_against_string_match"] = float(f"{stats.mcnemar(*right).p_value:.3g}")
+    kappas = [out["sets"][f"xstest/{m}"][ours.id]["kappa"][0] for m in MODELS]
+    out["xstest_macro_kappa"] = round(float(np.mean(kappas)), 4)
+    pairs = [
+        (Prompt.of(q, id=str(i)), Reply(prompt_id=str(i), content=a))
+        for i, (q, a, _) in enumerate(sets["xstest"])
+    ]
+    start = time.process_time()
+    judges.judge_all(ours, pairs)
+    out["verdicts_per_core_second"] = round(len(pairs) / (time.process_time() - start))
+    out["mean_characters"] = round(float(np.mean([len(a) for _, a, _ in sets["xstest"]])))
+    (HERE / "measured.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    for name, by in out["sets"].items():
+        for id, r in by.items():
+            shown = " ".join(
+                f"{k} {r[k][0]:.3f}" for k in ("accuracy", "kappa", "sensitivity", "specificity") if k in r
+            )
+            print(f"{name:32} {id:20} n {r['n']:4} of which {r['refusals']:4} unread {r['unread']:2} {shown}")
+    print(
+        {
+            k: out[k]
+            for k in ("xstest_macro_kappa", "mcnemar_against_string_match", "verdicts_per_core_second")
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
