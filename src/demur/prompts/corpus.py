@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from typing import Literal, get_args
 
@@ -37,4 +38,6 @@ def core(part: Part | str) -> PromptSet:
                 f"the packaged corpus lacks prompts/core/{part}.jsonl: the installation is incomplete, "
                 "reinstall demur"
             )
-        return load_prompts(path, name=f"core/{part}")
+        rows = load_prompts(path, name=f"core/{part}")
+    # every row would say the same, a megabyte in all
+    return PromptSet(rows.name, tuple(replace(p, source="demur core", license="CC-BY-4.0") for p in rows))
