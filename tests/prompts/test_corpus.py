@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_reads_a_part(package: Path) -> None:
     dump_jsonl([prompt_row(p)], package / "test.jsonl")
     loaded = prompts.core("test")
     assert loaded.name == "core/test"
-    assert loaded.prompts == (p,)
+    assert loaded.prompts == (replace(p, source="demur core", license="CC-BY-4.0"),)
 
 
 def test_missing_and_unknown_parts(package: Path) -> None:

@@ -83,7 +83,7 @@ def main() -> None:
         venv = environment(wheel)
         demur, python = venv / "bin" / "demur", venv / "bin" / "python"
         size, compiled = megabytes(python, work)
-        assert size <= LIMIT_MB, f"{size:.0f} MB installed, more than {LIMIT_MB}"
+        assert size <= LIMIT_MB, f"{size:.1f} MB installed, more than {LIMIT_MB}"
         heavy = "('torch', 'transformers', 'sklearn', 'pandas')"
         code = f"import importlib.util as u; print([m for m in {heavy} if u.find_spec(m)])"
         assert run(python, "-c", code, cwd=work).strip() == "[]", "the base install pulls in heavy packages"
@@ -115,7 +115,7 @@ def main() -> None:
         )
         assert "tau:" in (work / "p.yaml").read_text(encoding="utf-8")
         print(
-            f"wheel: {size:.0f} MB installed (and {compiled:.0f} MB of bytecode), no torch; "
+            f"wheel: {size:.1f} MB installed (and {compiled:.0f} MB of bytecode), no torch; "
             "card --replies, judge and calibrate work"
         )
 
