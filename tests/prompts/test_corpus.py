@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from demur import prompts
-from demur.errors import DataUnavailable, InputError
+from demur.errors import DataUnavailable, InputError, MissingExtra
 from demur.files import dump_jsonl, prompt_row
 from demur.prompts import corpus
 from demur.types import Prompt, expand_expected
@@ -33,6 +34,12 @@ def test_reads_a_part(package: Path) -> None:
     loaded = prompts.core("test")
     assert loaded.name == "core/test"
     assert loaded.prompts == (replace(p, source="demur core", license="CC-BY-4.0"),)
+
+
+def test_without_the_adapters_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "demur_smollm2", None)
+    with pytest.raises(MissingExtra, match=r"demur\[local\]"):
+        prompts.core("train")
 
 
 def test_missing_and_unknown_parts(package: Path) -> None:

@@ -1,4 +1,7 @@
-"""The corpus `core`: prompts written for this project, packaged as JSONL, English only."""
+"""The corpus `core`: prompts written for this project, packaged as JSONL, English only.
+
+The part `train`, ten times as large as the others, comes with the adapter's distribution `demur-smollm2`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import replace
 from importlib import resources
 from typing import Literal, get_args
 
-from demur.errors import DataUnavailable, InputError
+from demur.errors import DataUnavailable, InputError, MissingExtra
 from demur.files import load_prompts
 from demur.types import PromptSet
 
@@ -27,16 +30,20 @@ def core(part: Part | str) -> PromptSet:
     'core/test'
 
     Raises:
-        InputError: unknown part. DataUnavailable: the installation lacks the file.
+        InputError: unknown part. MissingExtra: `train` without demur-smollm2, which the extra `local` installs.
+        DataUnavailable: the installation lacks the file.
     """
     if part not in PARTS:
         raise InputError(f"core has no part {part!r}; its parts are {', '.join(PARTS)}")
-    entry = resources.files("demur.prompts").joinpath("core", f"{part}.jsonl")
+    package = "demur_smollm2" if part == "train" else "demur.prompts"
+    try:
+        entry = resources.files(package).joinpath("core", f"{part}.jsonl")
+    except ModuleNotFoundError:
+        raise MissingExtra("The training part of the corpus", "local") from None
     with resources.as_file(entry) as path:
         if not path.is_file():
             raise DataUnavailable(
-                f"the packaged corpus lacks prompts/core/{part}.jsonl: the installation is incomplete, "
-                "reinstall demur"
+                f"{package} lacks core/{part}.jsonl: the installation is incomplete, reinstall it"
             )
         rows = load_prompts(path, name=f"core/{part}")
     # every row would say the same, a megabyte in all

@@ -1,6 +1,7 @@
-"""The refusal-token adapter of demur's default model: weights only, no code that runs.
+"""The refusal-token adapter of demur's default model and the prompts it was trained on: no code that runs.
 
-Apply it with `demur`, which checks that the base model has the fingerprint the adapter was trained on.
+Apply it with `demur`, which checks that the base model has the fingerprint the adapter was trained on; read the
+prompts with `demur.prompts.core("train")`.
 """
 
 from pathlib import Path
