@@ -13,6 +13,7 @@ import pytest
 
 from demur.errors import DataUnavailable, InputError
 from demur.judges.base import PREREAD
+from demur.measure.asking import fenced, final_part, first_word
 from demur.measure.cyberseceval2 import (
     HEAD,
     FalseRefusals,
@@ -28,9 +29,7 @@ from demur.measure.cyberseceval2 import (
     user_cases,
 )
 from demur.measure.cyberseceval2.abuse import grade_of
-from demur.measure.cyberseceval2.asking import fenced, first_word
 from demur.measure.cyberseceval2.cases import (
-    final_part,
     language_of,
     literal_of,
     mentions,

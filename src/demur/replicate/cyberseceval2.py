@@ -331,7 +331,7 @@ SPEC = Spec(
     files=(
         "judges/rules.py",
         "measure/cyberseceval2/abuse.py",
-        "measure/cyberseceval2/asking.py",
+        "measure/asking.py",
         "measure/cyberseceval2/cases.py",
         "measure/cyberseceval2/frr.py",
         "measure/cyberseceval2/injection.py",

@@ -7,8 +7,8 @@ rate and are counted.
 
 from __future__ import annotations
 
+from demur.measure.asking import Remembered
 from demur.measure.cyberseceval2.abuse import Interpreter, Mitre
-from demur.measure.cyberseceval2.asking import Remembered
 from demur.measure.cyberseceval2.cases import frr_prompts, injection_cases, user_cases
 from demur.measure.cyberseceval2.frr import HEAD, MATCHERS, FalseRefusals
 from demur.measure.cyberseceval2.injection import Injection
@@ -25,7 +25,7 @@ CARD = Card(
     files=(
         "measure/cyberseceval2/__init__.py",
         "measure/cyberseceval2/abuse.py",
-        "measure/cyberseceval2/asking.py",
+        "measure/asking.py",
         "measure/cyberseceval2/cases.py",
         "measure/cyberseceval2/frr.py",
         "measure/cyberseceval2/injection.py",

@@ -18,7 +18,7 @@ from typing import Any
 from demur import judges
 from demur.errors import InputError
 from demur.judges.base import PREREAD
-from demur.measure.cyberseceval2.asking import (
+from demur.measure.asking import (
     ERROR,
     UNPARSED,
     answered,

@@ -18,12 +18,9 @@ from demur import data
 from demur.errors import InputError
 from demur.files import from_row, parse_json, read_rows, read_text, row_id
 from demur.judges.text import straighten
-from demur.runtime.shapes import split_thinking
-from demur.types import Prompt, PromptSet, Reply, expand_expected
+from demur.types import Prompt, PromptSet, expand_expected
 
 SLUG = "cyberseceval2"
-FAILED_TEXT = "FAIL TO QUERY"
-"""What the published runner stores as the answer of a call that failed."""
 
 _LANGUAGE = re.compile(r"\b(C\+\+|C|Java|Bash|Python|shell)\s+(?:program|script)\b")
 _TARGET = re.compile(r"^\s*\w+ an? (?:C\+\+|C|Java|Bash|Python|shell) (?:program|script) (?:that|to|which)\b")
@@ -194,28 +191,6 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
-
-
-def final_part(reply: Reply) -> Reply:
-    """The reply as it is judged: thinking apart from the answer, and a stored failure as an error.
-
-    >>> final_part(Reply(prompt_id="a", content="<think>Hm, no.</think>Here you go.")).content
-    'Here you go.'
-    >>> final_part(Reply(prompt_id="a", content="FAIL TO QUERY")).error
-    'FAIL TO QUERY'
-    """
-    if reply.content.strip() == FAILED_TEXT:
-        return replace(reply, content="", error=FAILED_TEXT, finish_reason="error")
-    thinking, answer = split_thinking(reply.content)
-    if answer == reply.content:
-        return reply
-    reason = reply.finish_reason
-    return replace(
-        reply,
-        content=answer,
-        reasoning=reply.reasoning or thinking,
-        finish_reason="length" if not answer.strip() and reason in ("unknown", "stop") else reason,
-    )
 
 
 def sample(prompts: PromptSet, n: int, seed: int = 0) -> PromptSet:

@@ -13,7 +13,7 @@ import numpy as np
 from demur import judges, stats
 from demur.errors import InputError
 from demur.judges.base import PREREAD
-from demur.measure.cyberseceval2.asking import Key, answered, not_read, to_read
+from demur.measure.asking import Key, answered, not_read, to_read
 from demur.measure.cyberseceval2.cases import frr_prompts
 from demur.measure.refusal import corrected, count, declined, judge_error
 from demur.report.render import percent

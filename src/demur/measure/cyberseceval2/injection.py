@@ -14,7 +14,7 @@ from typing import Any
 from demur import stats
 from demur.errors import InputError
 from demur.judges.base import PREREAD
-from demur.measure.cyberseceval2.asking import (
+from demur.measure.asking import (
     ERROR,
     Key,
     answered,

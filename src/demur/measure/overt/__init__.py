@@ -26,6 +26,7 @@ CARD = Card(
     paper="OVERT: A Benchmark for Over-Refusal Evaluation on Text-to-Image Models",
     url="https://arxiv.org/abs/2505.21347",
     files=(
+        "measure/asking.py",
         "measure/overt/__init__.py",
         "measure/overt/backends.py",
         "measure/overt/cases.py",

@@ -13,7 +13,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from demur.errors import CapabilityError, InputError
-from demur.measure.cyberseceval2.asking import fenced, first_word
+from demur.measure.asking import fenced, first_word
 from demur.measure.overt.drawing import Drawing, Fault, Picture, classify, failed, kind
 from demur.runtime.base import Progress
 from demur.runtime.shapes import reply_from_openai

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from demur.errors import InputError
 from demur.files import read_text
-from demur.measure.cyberseceval2.asking import ask, fenced, first_word
+from demur.measure.asking import ask, fenced, first_word
 from demur.prompts import normalise
 from demur.runtime.base import Progress, Runtime
 from demur.stats import cohen_kappa, rate

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 from demur import judges
 from demur.errors import InputError
-from demur.measure.cyberseceval2.asking import ask, fenced, first_word
+from demur.measure.asking import ask, fenced, first_word
 from demur.measure.overt.backends import Backend
 from demur.measure.overt.drawing import Drawing
 from demur.measure.refusal import declined

@@ -18,9 +18,12 @@ from typing import Any
 from demur.errors import InputError
 from demur.files import dumps_row, from_row, iter_jsonl, to_row, write_atomic
 from demur.judges.base import preread
-from demur.measure.cyberseceval2.cases import final_part
 from demur.runtime.base import Decide, Progress, Runtime
+from demur.runtime.shapes import split_thinking
 from demur.types import Condition, Label, Prompt, Reply, Verdict
+
+FAILED_TEXT = "FAIL TO QUERY"
+"""What the published runner stores as the answer of a call that failed."""
 
 UNPARSED, ERROR = "unparsed", "error"
 ONE_WORD = Condition(name="judge", temperature=0.0, max_new_tokens=1024)
@@ -42,6 +45,28 @@ class Answered:
     def key(self) -> Key:
         """(prompt id, sample)."""
         return self.reply.prompt_id, self.reply.sample
+
+
+def final_part(reply: Reply) -> Reply:
+    """The reply as it is judged: thinking apart from the answer, and a stored failure as an error.
+
+    >>> final_part(Reply(prompt_id="a", content="<think>Hm, no.</think>Here you go.")).content
+    'Here you go.'
+    >>> final_part(Reply(prompt_id="a", content="FAIL TO QUERY")).error
+    'FAIL TO QUERY'
+    """
+    if reply.content.strip() == FAILED_TEXT:
+        return replace(reply, content="", error=FAILED_TEXT, finish_reason="error")
+    thinking, answer = split_thinking(reply.content)
+    if answer == reply.content:
+        return reply
+    reason = reply.finish_reason
+    return replace(
+        reply,
+        content=answer,
+        reasoning=reply.reasoning or thinking,
+        finish_reason="length" if not answer.strip() and reason in ("unknown", "stop") else reason,
+    )
 
 
 def answered(prompts: Iterable[Prompt], replies: Iterable[Reply]) -> list[Answered]:
