@@ -149,9 +149,18 @@ def _side(by: Mapping[str, Sequence[Record]]) -> bool | None:
     return by["present"][0].prompt.should_refuse
 
 
+def small(p: float) -> str:
+    """A p-value as text.
+
+    >>> small(0.0312), small(1e-9)
+    ('0.031', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _change(p: Paired) -> tuple[Any, ...]:
     low, high = p.interval or (None, None)
-    return p.difference, low, high, p.lost, p.gained, p.p_value
+    return p.difference, low, high, p.lost, p.gained, small(p.p_value)
 
 
 def _rate_table(draws: Mapping[str, Draws], groups: Draws, tenses: Sequence[str]) -> Table:

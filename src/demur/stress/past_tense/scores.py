@@ -14,7 +14,7 @@ from demur.measure.paired import compare
 from demur.measure.refusal import row_of
 from demur.runtime.base import Progress, Runtime
 from demur.stress.past_tense.grammar import TENSES
-from demur.stress.past_tense.report import CHANGE, HOW, SIDES
+from demur.stress.past_tense.report import CHANGE, HOW, SIDES, small
 from demur.stress.past_tense.sets import PastTense, TenseSet, reasons, stratified
 from demur.types import Condition, Prompt, PromptSet, Report, Score, Table
 
@@ -144,7 +144,7 @@ def delta_report(prompts: PromptSet, scores: Mapping[str, Score]) -> Report:
 
 
 def _flipped(flips: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*_rounded(flips["change"]), flips["lost"], flips["gained"], flips["p_value"])
+    return (*_rounded(flips["change"]), flips["lost"], flips["gained"], small(flips["p_value"]))
 
 
 def _rounded(value: Mapping[str, Any]) -> tuple[Any, ...]:
