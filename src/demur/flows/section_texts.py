@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from demur.flows.carddata import CardData, refused
-from demur.judges import token_text_agreement
+from demur.judges import material_warning, token_text_agreement
 from demur.measure.refusal import Record, by_category, by_text, count, declined, judge_error, row_of
 from demur.report.render import cell, percent
 from demur.report.view import Example, Section
@@ -62,7 +62,8 @@ def text_section(data: CardData) -> Section:
         )
         tables.insert(0, Table("Rates read from the text", columns, rows, note))
     agreement = text_agreement(data)
-    notes = [judge_note(judge, errors)]
+    elsewhere = material_warning(judge, (r.prompt for r in records)) if any(errors.values()) else None
+    notes = [judge_note(judge, errors), *([elsewhere] if elsewhere else [])]
     if agreement is not None:
         notes.append(
             f"Token and text agree in {cell(agreement)} answers: the token announced a refusal (or answer) "
@@ -116,10 +117,7 @@ def judge_note(judge: str, errors: Mapping[str, Any]) -> str:
         f"{percent(e.specificity.value)} of {e.specificity.n} answers"
         for e in known
     ]
-    return (
-        f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}. "
-        "That material differs from this card's, so the correction is a guide and not a proof."
-    )
+    return f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}."
 
 
 def _label_counts(records: Sequence[Record]) -> dict[str, dict[str, int]]:
