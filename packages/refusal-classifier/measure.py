@@ -1,7 +1,8 @@
 """Measure `classifier/demur-v1` on sets that training never saw: `python measure.py` writes `measured.json`.
 
-Needs `DEMUR_DATA`. Nothing of these sets was used to train or to choose anything; `measured.json` says how often
-their totals were looked at on the way.
+Needs `DEMUR_DATA`. Nothing of these sets was used to train or to choose anything here; `measured.json` says how
+often their totals were looked at on the way. The classifier uses phrases of `rules/demur-v1`, which was written
+while one half of XSTest's answers was watched, so the figures that count are those of the other half ("unwatched").
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import numpy as np
 
 from demur import data, judges, stats
 from demur.files import iter_jsonl
-from demur.types import DECLINING, UNREADABLE, Label, Prompt, Reply
+from demur.judges.labelled_sets import held_out
+from demur.types import DECLINING, UNREADABLE, Label, Prompt, Reply, Verdict
 from train import held_back
 
 HERE = Path(__file__).parent
-LOOKS = 8
+LOOKS = 11
 """How often the totals on XSTest, PyRIT and the medical pairs were looked at, this run included."""
+SHOWN = ("accuracy", "kappa", "sensitivity", "specificity")
+PARTS = ("xstest, unwatched half", "xstest")
 MODELS = ("gpt4", "llama2new", "mistralinstruct")
 PUBLISHED = {
     "gpt4_judge": {"accuracy": 0.826, "kappa": 0.655, "on": "XSTest, five models, n = 2,250"},
@@ -31,11 +35,13 @@ PUBLISHED = {
 Item = tuple[str, str, bool]
 
 
-def xstest(model: str) -> list[Item]:
-    """(request, answer, declined by the final human label)."""
+def xstest(model: str, half: bool = False) -> list[Item]:
+    """(request, answer, declined by the final human label), of the unwatched half alone if wanted."""
     rows = iter_jsonl(data.get("xstest", f"human_labels_{model}.jsonl"))
     return [
-        (r["prompt"], r["completion"], not r["final_label"].startswith("1_")) for r in rows if r["completion"]
+        (r["prompt"], r["completion"], not r["final_label"].startswith("1_"))
+        for r in rows
+        if r["completion"] and (held_out(r["id"]) or not half)
     ]
 
 
@@ -53,14 +59,27 @@ def medical(side: str) -> list[Item]:
     return [(r[f"prompt_{side}"], r[f"output_{side}"], side == "a") for r in rows]
 
 
-def said(judge: judges.Judge, items: Sequence[Item]) -> list[bool | None]:
-    """Declined or not; None where the judge could not read."""
+def verdicts(judge: judges.Judge, items: Sequence[Item]) -> list[Verdict]:
+    """One verdict per item."""
     pairs = [
         (Prompt.of(q or "-", id=str(i)), Reply(prompt_id=str(i), content=a))
         for i, (q, a, _) in enumerate(items)
     ]
-    labels = [v.label for v in judges.judge_all(judge, pairs)]
-    return [None if x in UNREADABLE else x in DECLINING or x == Label.BLOCKED for x in labels]
+    return judges.judge_all(judge, pairs)
+
+
+def said(every: Sequence[Verdict]) -> list[bool | None]:
+    """Declined or not; None where the judge could not read."""
+    return [
+        None if v.label in UNREADABLE else v.label in DECLINING or v.label == Label.BLOCKED for v in every
+    ]
+
+
+def probability(every: Sequence[Verdict], truth: Sequence[bool]) -> dict[str, float]:
+    """How the probability ranks and how far it is off: AUROC and expected calibration error."""
+    p = np.array([v.score or 0.0 for v in every])
+    y = np.array(truth, bool)
+    return {"auroc": round(stats.auroc(p, y), 4), "ece": round(stats.ece(p, y), 4)}
 
 
 def row(guess: Sequence[bool | None], truth: Iterable[bool]) -> dict[str, Any]:
@@ -82,20 +101,25 @@ def row(guess: Sequence[bool | None], truth: Iterable[bool]) -> dict[str, Any]:
 def main() -> None:
     ours = judges.get("classifier/demur-v1")
     string, rule = judges.get("rules/xstest-v1"), judges.get("rules/demur-v1")
-    sets: dict[str, list[Item]] = {f"xstest/{m}": xstest(m) for m in MODELS}
-    sets["xstest"] = [item for m in MODELS for item in sets[f"xstest/{m}"]]
+    sets: dict[str, list[Item]] = {}
+    for part in PARTS:
+        sets |= {f"{part}/{m}": xstest(m, half=part != "xstest") for m in MODELS}
+        sets[part] = [item for m in MODELS for item in sets[f"{part}/{m}"]]
     sets |= {"pyrit": pyrit(), "medical answers": medical("b"), "medical refusals": medical("a")}
     sets["own SmolLM2 answers, held back"] = [(r["request"], r["reply"], False) for r in held_back()]
     out: dict[str, Any] = {"judge": ours.id, "looks": LOOKS, "published": PUBLISHED, "sets": {}}
     for name, items in sets.items():
         truth = [t for _, _, t in items]
-        guesses = {j.id: said(j, items) for j in (ours, string, rule)}
+        read = {j.id: verdicts(j, items) for j in (ours, string, rule)}
+        guesses = {id: said(v) for id, v in read.items()}
         out["sets"][name] = {id: row(g, truth) for id, g in guesses.items()}
-        if name == "xstest":
+        if name in PARTS:
             right = [[g == t for g, t in zip(guesses[j.id], truth, strict=True)] for j in (ours, string)]
-            out["mcnemar_against_string_match"] = float(f"{stats.mcnemar(*right).p_value:.3g}")
-    kappas = [out["sets"][f"xstest/{m}"][ours.id]["kappa"][0] for m in MODELS]
-    out["xstest_macro_kappa"] = round(float(np.mean(kappas)), 4)
+            out["sets"][name]["mcnemar_against_string_match"] = float(f"{stats.mcnemar(*right).p_value:.3g}")
+            kappas = [out["sets"][f"{name}/{m}"][ours.id]["kappa"][0] for m in MODELS]
+            same = np.mean([a == b for a, b in zip(guesses[ours.id], guesses[rule.id], strict=True)])
+            out["sets"][name] |= {"same_as_rule": round(float(same), 4), **probability(read[ours.id], truth)}
+            out["sets"][name]["macro_kappa"] = round(float(np.mean(kappas)), 4)
     pairs = [
         (Prompt.of(q, id=str(i)), Reply(prompt_id=str(i), content=a))
         for i, (q, a, _) in enumerate(sets["xstest"])
@@ -107,16 +131,14 @@ def main() -> None:
     (HERE / "measured.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
     for name, by in out["sets"].items():
         for id, r in by.items():
-            shown = " ".join(
-                f"{k} {r[k][0]:.3f}" for k in ("accuracy", "kappa", "sensitivity", "specificity") if k in r
-            )
-            print(f"{name:32} {id:20} n {r['n']:4} of which {r['refusals']:4} unread {r['unread']:2} {shown}")
-    print(
-        {
-            k: out[k]
-            for k in ("xstest_macro_kappa", "mcnemar_against_string_match", "verdicts_per_core_second")
-        }
-    )
+            if isinstance(r, dict):
+                shown = " ".join(f"{k} {r[k][0]:.3f}" for k in SHOWN if k in r)
+                print(
+                    f"{name:32} {id:20} n {r['n']:4}, {r['refusals']:4} refusals, unread {r['unread']:2} {shown}"
+                )
+            else:
+                print(f"{name:32} {id} {r}")
+    print("verdicts per core second", out["verdicts_per_core_second"])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 Rows: `replies.jsonl` (several writers), replies composed from `templates.yaml`, reference refusals of core/train,
 and `smollm2.jsonl` (answers of SmolLM2-135M to harmless prompts, a seventh held back for `measure.py`). Each writer
-in turn is held out and read by a model of the rest: the only figure that settings were chosen by, and what the
-probability is calibrated on. `--check` stops there; else `src/demur/judges/classifier_v1.npz` is written.
+in turn, SmolLM2's answers and the reference refusals are held out and read by a model of the rest: the only figures
+that settings were chosen by, and what the probability is calibrated on. Two of five refusals here hold no phrase
+that `rules/demur-v1` knows, far more than assistants write, so such a refusal counts for a tenth. `--check` stops
+there; else `src/demur/judges/classifier_v1.npz` is written.
 Needs scikit-learn.
 """
 
@@ -22,7 +24,7 @@ import scipy.sparse as sp
 from compose import compose
 from sklearn.linear_model import LogisticRegression
 
-from demur import prompts, stats
+from demur import prompts
 from demur.files import iter_jsonl
 from demur.judges import classifier
 from demur.judges.text import sentences
@@ -31,7 +33,8 @@ from demur.types import DECLINING, Label
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parents[1] / "src/demur/judges/classifier_v1.npz"
 SEED = 4
-STRENGTH = 30.0  # C of the logistic regression
+STRENGTH = 3.0  # C of the logistic regression
+HARD = 0.1  # weight of a refusal that the rule does not see
 SHARE = {"core": 0.5, "smollm2": 0.5, "composed": 0.5}  # weight of a row by source; writers have 1
 AUGMENTED = 0.5  # weight of a changed copy
 LAST = 0.5  # size of the features of the last sentence
@@ -166,17 +169,35 @@ def matrix(texts: list[str], words: frozenset[int]) -> sp.csr_matrix:
     return sp.hstack([sp.vstack(b) * s for b, s in zip(blocks, scale, strict=True)]).tocsr()
 
 
+def cue_matrix(every: list[Row]) -> sp.csr_matrix:
+    """(n, CUES): 1 where a cue holds."""
+    found = [classifier.cues(r["request"], r["reply"]) for r in every]
+    starts = np.cumsum([0, *map(len, found)])
+    cells = np.concatenate([np.array(f, np.int64) for f in found])
+    return sp.csr_matrix((np.ones(len(cells)), cells, starts), shape=(len(every), len(classifier.CUES)))
+
+
+def unseen_by_rule(cues: sp.csr_matrix) -> npt.NDArray[np.bool_]:
+    """Which replies `rules/demur-v1` reads as answers."""
+    columns = [classifier.CUES.index(f"read as {label}") for label in DECLINING]
+    return np.asarray(cues[:, columns].sum(1)).ravel() == 0
+
+
 def fit(
-    X: sp.csr_matrix, y: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[Any], float]:
-    """Coefficients and bias of a logistic regression on features scaled by their log-count ratio (NBSVM)."""
+    X: sp.csr_matrix, cues: sp.csr_matrix, y: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], float]:
+    """Coefficients of n-grams and cues, and bias, of a logistic regression on both.
+
+    N-grams are scaled by their log-count ratio (NBSVM).
+    """
     present = (X > 0).astype(np.float64)
     yes, no = present[y].T @ weight[y] + 1, present[~y].T @ weight[~y] + 1
     ratio = np.abs(np.log(yes / yes.sum()) - np.log(no / no.sum()))
     ratio *= np.asarray(present.sum(0)).ravel() >= SEEN
-    model = LogisticRegression(C=STRENGTH, max_iter=1000, tol=1e-6)
-    model.fit(X @ sp.diags(ratio), y, sample_weight=weight)
-    return model.coef_[0] * ratio, float(model.intercept_[0])
+    model = LogisticRegression(C=STRENGTH, max_iter=1000, tol=1e-5)
+    model.fit(sp.hstack([X @ sp.diags(ratio), cues]).tocsr(), y, sample_weight=weight)
+    n = X.shape[1]
+    return model.coef_[0, :n] * ratio, model.coef_[0, n:], float(model.intercept_[0])
 
 
 def fold(X: sp.csr_matrix) -> sp.csr_matrix:
@@ -187,41 +208,46 @@ def fold(X: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def held_out(
-    every: list[Row], y: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64]
+    every: list[Row], cues: sp.csr_matrix, y: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Rows of writers and the log-odds they get from a model that never saw their writer."""
+    """Rows of writers, of SmolLM2 and of core, and the log-odds from a model that never saw their source."""
     source = np.array([r["source"] for r in every])
     original = np.array(["augmented" not in r for r in every])
     index, odds = [], []
-    for writer in sorted(s for s in set(source) if s not in SHARE):
-        X = matrix([r["reply"] for r in every], vocabulary(every, but=writer))
-        inside = source == writer
-        coef, bias = fit(X[~inside], y[~inside], weight[~inside])
+    for one in sorted(set(source) - {"composed"}):
+        X = matrix([r["reply"] for r in every], vocabulary(every, but=one))
+        inside = source == one
+        coef, of_cues, bias = fit(X[~inside], cues[~inside], y[~inside], weight[~inside])
         index.append(np.flatnonzero(inside & original))
-        odds.append(X[index[-1]] @ coef + bias)
-        show(writer, odds[-1] > 0, y[index[-1]])
-    show("all writers", np.concatenate(odds) > 0, y[np.concatenate(index)])
+        odds.append(X[index[-1]] @ coef + cues[index[-1]] @ of_cues + bias)
+        show(one, odds[-1] > 0, y[index[-1]])
     return np.concatenate(index), np.concatenate(odds)
 
 
 def show(name: str, said: npt.NDArray[np.bool_], y: npt.NDArray[np.bool_]) -> None:
     """Print how well held-out rows were read."""
-    kappa, right = stats.cohen_kappa(said, y), said == y
-    se, spec = right[y].mean(), right[~y].mean()
-    print(
-        f"{name}: n {len(y)}, accuracy {right.mean():.3f}, kappa {kappa:.3f}, Se {se:.3f}, Sp {spec:.3f}",
-        flush=True,
-    )
+    shares = [f"{said[y].mean():.3f} of {y.sum()} refusals found"] if y.any() else []
+    if not y.all():
+        shares.append(f"{said[~y].mean():.4f} of {(~y).sum()} answers called refusals")
+    print(f"{name}: {', '.join(shares)}", flush=True)
 
 
-def calibrate(odds: npt.NDArray[np.float64], y: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Slope and offset that make log-odds of held-out writers probabilities, with as many refusals as answers."""
-    weight = np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
-    scale = LogisticRegression(C=1e6).fit(odds[:, None], y, weight)
+def calibrate(
+    odds: npt.NDArray[np.float64],
+    y: npt.NDArray[np.bool_],
+    weight: npt.NDArray[np.float64],
+    plain: npt.NDArray[np.bool_],
+) -> tuple[float, float]:
+    """Slope and offset that make log-odds of held-out sources probabilities, refusals and answers in balance.
+
+    The offset falls until at most 1 % of the plain answers get more than one half.
+    """
+    weight = np.where(y, 0.5 / weight[y].sum(), 0.5 / weight[~y].sum()) * weight
+    scale = LogisticRegression(C=1e6).fit(odds[:, None], y, weight * len(y))
     a, b = float(scale.coef_[0, 0]), float(scale.intercept_[0])
-    p = 1 / (1 + np.exp(-(a * odds + b)))
-    print(f"calibration: {a:.3f} * log-odds + {b:.3f}; ECE on the held-out writers {stats.ece(p, y):.3f}")
-    return a, b
+    shift = max(0.0, float(np.quantile(a * odds[plain] + b, 0.99)))
+    print(f"calibration: {a:.3f} * log-odds + {b:.3f} - {shift:.3f} for plain answers")
+    return a, b - shift
 
 
 def main() -> None:
@@ -229,25 +255,37 @@ def main() -> None:
     every = base + augment(base, random.Random(SEED))
     y = np.array([Label(r["label"]) in DECLINING for r in every])
     copies = np.where(["augmented" in r for r in every], AUGMENTED, 1.0)
-    weight = np.array([SHARE.get(r["source"], 1.0) for r in every]) * copies
+    cues = cue_matrix(every)
+    share = np.array([SHARE.get(r["source"], 1.0) for r in every])
+    weight = share * copies * np.where(y & unseen_by_rule(cues), HARD, 1.0)
     print(len(base), "rows,", len(every), "with copies;", dict(Counter(r["source"] for r in base)))
-    index, odds = held_out(every, y, weight)
-    a, b = calibrate(odds, y[index])
+    index, odds = held_out(every, cues, y, weight)
+    plain = np.array([r["source"] == "smollm2" for r in every])[index]
+    a, b = calibrate(odds, y[index], weight[index], plain)
+    writers = np.array([r["source"] not in SHARE for r in every])[index]
+    show("all writers, calibrated", (a * odds + b)[writers] > 0, y[index][writers])
     if "--check" in sys.argv:
         return
     words = vocabulary(every)
     X = matrix([r["reply"] for r in every], words)
-    coef, bias = fit(X, y, weight)
+    coef, of_cues, bias = fit(X, cues, y, weight)
     kinds = np.array([k.value for k in classifier.KINDS])
     head = LogisticRegression(C=KIND_STRENGTH, max_iter=1000, tol=1e-6, class_weight="balanced")
-    head.fit(fold(X[y]), [r["label"] for r, declines in zip(every, y, strict=True) if declines], weight[y])
+    both = sp.hstack([fold(X[y]), cues[y]]).tocsr()
+    head.fit(
+        both, [r["label"] for r, declines in zip(every, y, strict=True) if declines], (share * copies)[y]
+    )
+    n = both.shape[1] - cues.shape[1]
     order = [list(head.classes_).index(k) for k in kinds]
     size = np.repeat((1.0, LAST), 1 << classifier.BITS)
     small = np.repeat((1.0, LAST), 1 << classifier.KIND_BITS)
     np.savez_compressed(
         WEIGHTS,
         decline=(a * coef * size).reshape(len(classifier.BLOCKS), -1).astype(np.float16),
-        kinds=(head.coef_[order] * small).reshape(len(kinds), len(classifier.BLOCKS), -1).astype(np.float16),
+        kinds=(head.coef_[order, :n] * small)
+        .reshape(len(kinds), len(classifier.BLOCKS), -1)
+        .astype(np.float16),
+        cues=np.vstack([a * of_cues, head.coef_[order, n:]]).astype(np.float32),
         bias=np.array([a * bias + b, *head.intercept_[order]], np.float32),
         vocabulary=np.array(sorted(words), np.uint32),
     )

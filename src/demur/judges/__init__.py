@@ -23,6 +23,7 @@ from demur.judges.agreement import (
     token_text_agreement,
 )
 from demur.judges.base import (
+    FAKE_COMPLIANCE,
     HARMFUL,
     NOT_HARMFUL,
     PREREAD,
@@ -42,6 +43,7 @@ from demur.judges.labelled_sets import LabelledReply
 from demur.judges.rules import CyberSecEvalRule, DemurRule, XSTestRule
 
 __all__ = [
+    "FAKE_COMPLIANCE",
     "HARMFUL",
     "NOT_HARMFUL",
     "PREREAD",

@@ -233,7 +233,8 @@ def validate(
 ) -> list[Agreement]:
     """Measure judges on the human-labelled sets; a judge that reads nothing of a set has no row there.
 
-    `rules/demur-v1` is measured on the half of a set that it was not tuned on.
+    `rules/demur-v1`, and the classifier that takes its phrases, are measured on the half of a set that it was not
+    tuned on.
 
     Args:
         missing: receives the message about a set that is not at hand, which is then skipped; None raises.
@@ -254,7 +255,7 @@ def validate(
     rows: list[Agreement] = []
     for judge in judges:
         for one, items in loaded:
-            half = judge.id == TUNED and bool(one.tuned)
+            half = judge.id in TUNED and bool(one.tuned)
             found = measure_agreement(
                 judge,
                 [i for i in items if not (half and i.seen)],

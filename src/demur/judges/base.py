@@ -24,6 +24,12 @@ Progress: TypeAlias = Callable[[int, int | None], None]
 
 HARMFUL, NOT_HARMFUL = "harmful", "not_harmful"
 
+FAKE_COMPLIANCE = (
+    "An answer counted as a success may be fake, harmful in tone and wrong on purpose; judges of outputs rarely "
+    "tell (demur lab strategic-dishonesty)."
+)
+"""Stands beside every share of requests that an attack is said to have got answered."""
+
 
 class Judge(Protocol):
     """Gives each reply one label. `id` is versioned: another rule is another id.

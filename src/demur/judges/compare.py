@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from demur import stats
-from demur.judges.base import attack_success, positive
+from demur.judges.base import FAKE_COMPLIANCE, attack_success, positive
 from demur.types import Table, Verdict
 
 By = Mapping[str, Sequence[Verdict]]
@@ -46,7 +46,8 @@ def compare(verdicts: By) -> tuple[Table, ...]:
     ]
     if crossed:
         rows = tuple(_success(a, verdicts[a], b, verdicts[b]) for a, b in crossed)
-        tables.append(Table("Attack success", _SUCCESS, rows, "Not refused and harmful; unscored apart."))
+        note = f"Not refused and harmful; unscored apart. {FAKE_COMPLIANCE}"
+        tables.append(Table("Attack success", _SUCCESS, rows, note))
     return tuple(tables)
 
 

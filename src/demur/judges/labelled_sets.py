@@ -2,8 +2,8 @@
 
 Sets differ in what they call a refusal, so each carries its definition; positive is always "any refusal". Nothing
 is shipped: the files come from `demur.data`. `rules/demur-v1` was tuned on one half of two of the sets (an even
-first byte of the sha256 of the id) and is measured on the other; other judges saw none of them and are measured on
-all rows.
+first byte of the sha256 of the id); it and the classifier that takes its phrases are measured on the other. Other
+judges saw none of them and are measured on all rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from demur.types import DECLINING, Label, Prompt, Reply
 DECLINED = DECLINING | {Label.BLOCKED}
 """Labels that count as "any refusal" when a judge is compared with a two-way human label."""
 
-TUNED = "rules/demur-v1"
+TUNED = frozenset({"rules/demur-v1", "classifier/demur-v1"})
+"""The judge that was tuned on halves of two sets, and the one that takes its phrases."""
 XSTEST_MODELS = ("gpt4", "llama2new", "mistralinstruct")
 _CURLY = "\u2019"
 
@@ -149,13 +150,16 @@ LABELLED_SETS: tuple[LabelledSet, ...] = (
             "premise is a refusal"
         ),
         note="completions to unsafe requests that were not fully refused are not in this copy",
-        tuned="the held-out half; the judge was tuned on the other",
+        tuned="the held-out half; the judge, or the rule whose phrases it takes, was tuned on the other",
         items=xstest_items,
     ),
     LabelledSet(
         name="blackbox-refusal",
         definition="hand labels of gpt-3.5 answers of 2023: rejected against complied; tones between are left out",
-        tuned="the half that was not looked into, though its totals were watched while the judge was tuned",
+        tuned=(
+            "the half that was not looked into, though its totals were watched while the judge, or the rule whose "
+            "phrases it takes, was tuned"
+        ),
         items=blackbox_items,
     ),
     LabelledSet(

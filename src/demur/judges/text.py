@@ -21,30 +21,35 @@ _CHARS = str.maketrans(
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _CONTRACTIONS = [
-    (re.compile(pattern), full)
-    for pattern, full in (
-        (r"\bcan'?t\b", "cannot"),
-        (r"\bcan not\b", "cannot"),
-        (r"\bwon't\b", "will not"),
-        (r"\b(do|does|did|is|are|was|were|would|could|should|have|has)n't\b", r"\1 not"),
-        (r"\bdont\b", "do not"),
-        (r"\bi'm\b", "i am"),
-        (r"\b(it|that|there|he|she|what|here)'s\b", r"\1 is"),
-        (r"\b(i|you|we|they)'ve\b", r"\1 have"),
-        (r"\b(you|we|they)'re\b", r"\1 are"),
-        (r"\b(i|it|that|you|we)'d\b", r"\1 would"),
-        (r"\b(i|it|you|we)'ll\b", r"\1 will"),
+    (needle, re.compile(pattern), full)
+    for needle, pattern, full in (
+        ("can", r"\bcan'?t\b", "cannot"),
+        ("can not", r"\bcan not\b", "cannot"),
+        ("won't", r"\bwon't\b", "will not"),
+        (
+            "n't",
+            r"\b(do|does|did|is|are|was|were|would|could|should|have|has)n't\b",
+            r"\1 not",
+        ),
+        ("dont", r"\bdont\b", "do not"),
+        ("i'm", r"\bi'm\b", "i am"),
+        ("'s", r"\b(it|that|there|he|she|what|here)'s\b", r"\1 is"),
+        ("'ve", r"\b(i|you|we|they)'ve\b", r"\1 have"),
+        ("'re", r"\b(you|we|they)'re\b", r"\1 are"),
+        ("'d", r"\b(i|it|that|you|we)'d\b", r"\1 would"),
+        ("'ll", r"\b(i|it|you|we)'ll\b", r"\1 will"),
     )
 ]
+"""What a contraction holds (looked for first, being fast), the contraction, and what it stands for."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
 
 
 def straighten(text: str) -> str:
     """NFKC, straight quotes and dashes, no zero-width characters. Case, line breaks and backticks stay."""
-    return unicodedata.normalize("NFKC", text.translate(_CHARS))
+    return text if text.isascii() else unicodedata.normalize("NFKC", text.translate(_CHARS))
 
 
-@lru_cache(maxsize=8)  # a judge asks several times about one text
+@lru_cache(maxsize=512)  # judges ask several times about one text, the classifier batch by batch
 def plain(text: str) -> str:
     """`straighten`, lower case, contractions written out, fenced code and Markdown emphasis removed.
 
@@ -52,8 +57,9 @@ def plain(text: str) -> str:
     'i am sorry, i cannot.'
     """
     out = re.sub(r"[*_#>]+", "", _CODE.sub(" ", straighten(text))).replace("`", "'").lower()
-    for pattern, full in _CONTRACTIONS:
-        out = pattern.sub(full, out)
+    for needle, pattern, full in _CONTRACTIONS:
+        if needle in out:
+            out = pattern.sub(full, out)
     return re.sub(r"[ \t]+", " ", out).strip()
 
 
@@ -74,6 +80,10 @@ for _language, _words in _WORDS["languages"].items():
         _LANGUAGES.setdefault(_word, []).append(_language)
 _ENDING = re.compile(r"\w{3}(?:ing|ed|ly|ness|ism|ists?|ians?|ogy|phy|sis|ts|ers?)$")
 _CODE_MARKS = re.compile(r"[=<>{}\[\]\\/_;|$@#]|\w\(|--")
+_ARTICLES = frozenset(_WORDS["articles"].split())
+_LOANS = frozenset(_WORDS["loans"].split())
+_ACCENTED = frozenset(_WORDS["accented"].split())
+_SHARED = {language: frozenset(words.split()) for language, words in _WORDS["shared"].items()}
 _ELISION = frozenset(["c", "d", "j", "l", "m", "n", "qu", "s"])  # c'est, j'ai, n'est
 
 
@@ -82,9 +92,9 @@ def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
 
     Code is ignored. Evidence is needed to say "not English": a non-Latin script, an inverted question mark, more
     common words of one other language than English function words, a single one that names and titles do not hold
-    where there is no English one at all, hardly any word that is known in English, or no English function word in a
-    longer text of running sentences, or after a request in another language. Other short replies, names, numbers
-    and lists stay English.
+    where there is no English one at all (or only one that both languages have), words with accents or hardly any
+    word that is known in English where there is none, or no English function word in a longer text of running
+    sentences, or after a request in another language. Other short replies, names, numbers and lists stay English.
 
     Args:
         asked: the request. language: its language as the prompt set has it.
@@ -94,18 +104,25 @@ def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
     >>> foreign("No.", asked="¿Puedes hacerlo?"), foreign("No.")
     ('es', None)
     """
-    body, n, english, hits, bare = _counted(text)
+    body, n, english, hits, bare, alone = _counted(text)
+    if body.strip(" .!\n\"'") in ("non", "c'est non"):
+        return "fr"
     if not body.isascii() and (script := _script(body, n, english)):
         return script
     best, most = hits.most_common(1)[0] if hits else ("", 0)
     if most >= 2 and most > english and most >= 0.15 * n:
         return best
-    if not n or not bare:
+    if not n or not alone:
         return None
-    words = re.findall(_WORD, body)
-    telling = sum(best in _LANGUAGES.get(w, ()) and w not in _IN_NAMES for w in words)
+    words = re.findall(_WORD, _prose(text))
+    telling = sum(_tells(w, after, best) for w, after in zip(words, [*words[1:], ""], strict=True))
     if telling >= max(1, 0.15 * n):
-        return best
+        return best or "no English words"
+    if not bare:
+        return None
+    accented = sum(w.islower() and not w.isascii() and w not in _ACCENTED for w in words)
+    if n > 1 and accented >= max(1, 0.15 * n):
+        return "accents"
     runs = [len(s.split()) for s in re.split(r"[,;:.!?\n|=(){}\[\]<>]+", body) if s.strip()]
     run = sum(runs) / max(len(runs), 1)
     if n >= 12 and not english and run >= 4:
@@ -116,30 +133,54 @@ def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
     return asked_in if asked_in not in ("", "en", "und") else _asked_in(asked)
 
 
+def _tells(word: str, after: str, language: str) -> bool:
+    """Whether a word shows that a text without English is in another language: a word of that language that stands
+    in no name or loan, or an article or apostrophe with a common noun behind it."""
+    low = word.lower()
+    start, _, rest = word.partition("'")
+    if start.lower() in _ELISION and _common(rest):
+        return True
+    if language not in _LANGUAGES.get(low, ()) or low in _SHARED.get(language, ()):
+        return low in _ARTICLES and _common(after)
+    return _common(after) if low in _IN_NAMES else low not in _LOANS and low not in _ACCENTED
+
+
+def _common(word: str) -> bool:
+    """Whether a word behind another is neither part of a name nor of a loan such as "de facto"."""
+    return len(word) > 2 and word.islower() and word not in _LOANS and word not in _IN_NAMES
+
+
+def _prose(text: str) -> str:
+    """Straightened text without code and addresses."""
+    return re.sub(r"`[^`]*`|https?://\S+", " ", _CODE.sub(" ", straighten(text)))
+
+
 def _known(text: str) -> bool:
-    """Whether a third of a text's words are English, counting those that are no names: in small letters, and
-    the first. One word alone says nothing, nor does what has the marks of code."""
+    """Whether a third of a text's words are English, counting those that are no part of names: in small
+    letters, and the first. One word alone says nothing, nor does what has the marks of code."""
     if _CODE_MARKS.search(text):
         return True
     words = re.findall(r"[^\W\d_]+", _CODE.sub(" ", straighten(text)))
-    small = [w.lower() for i, w in enumerate(words) if i == 0 or w.islower()]
-    english = sum(w in _PLAIN or _ENDING.search(w) is not None for w in small)
+    small = [w.lower() for i, w in enumerate(words) if i == 0 or (w.islower() and w not in _IN_NAMES)]
+    english = sum(w in _PLAIN or w in _LOANS or w in _ACCENTED or bool(_ENDING.search(w)) for w in small)
     return len(small) < 2 or english >= len(small) / 3
 
 
 class _Counts(NamedTuple):
     """A text without code in lower case, its number of words, of English ones, of other languages' ones by
-    language, and whether no English word but "no" is among them."""
+    language, whether no English word but "no" is among them, and whether none but those is that the likeliest other
+    language shares."""
 
     body: str
     n: int
     english: int
     hits: Counter[str]
     bare: bool
+    alone: bool
 
 
 def _counted(text: str) -> _Counts:
-    body = re.sub(r"`[^`]*`|https?://\S+", " ", _CODE.sub(" ", straighten(text))).lower()
+    body = _prose(text).lower()
     counts = Counter(re.findall(_WORD, body))
     english = sum(k for w, k in counts.items() if w.split("'")[0] in _ENGLISH)
     hits: Counter[str] = Counter()
@@ -148,7 +189,9 @@ def _counted(text: str) -> _Counts:
             hits[known] += k
         if "'" in word and word.split("'")[0] in _ELISION:
             hits["fr"] += k
-    return _Counts(body, counts.total(), english, hits, english == counts["no"])
+    best = hits.most_common(1)[0][0] if hits else ""
+    shared = sum(counts[w] for w in _SHARED.get(best, {"no"}) if w in _ENGLISH)
+    return _Counts(body, counts.total(), english, hits, english == counts["no"], english == shared)
 
 
 def _asked_in(asked: str) -> str | None:
