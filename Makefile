@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INPUTS := pyproject.toml constraints.txt $(shell find packages/demur-smollm2 -type f -not -path '*/build/*' -not -name '*.pyc')
 PIP    := $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt
 
-.PHONY: card test check fast bench gemma replicate wheel-test test-lowest schemas clean help
+.PHONY: card test check fast bench bench-peers gemma replicate wheel-test test-lowest schemas clean help
 .DELETE_ON_ERROR:
 
 card: $(VENV)/.local  ## the Refusal Card of the embedded model, into out/
@@ -42,6 +42,9 @@ test-lowest: $(VENV)/.dev  ## the local runtime on the oldest supported transfor
 
 bench: $(VENV)/.dev  ## states and scores against a plain transformers loop
 	OMP_NUM_THREADS=2 $(BIN)/python bench/bench_runtime.py
+
+bench-peers: $(VENV)/.dev  ## hidden states against other libraries, each on its own (hours; ARGS=--check: minutes)
+	$(BIN)/python bench/peers.py $(ARGS)
 
 gemma: $(VENV)/.dev  ## Gemma-3-270M for the tests that want it (its licence is yours to accept; 1 GB, once)
 	$(BIN)/python -m tests.models.gemma

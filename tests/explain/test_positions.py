@@ -3,16 +3,23 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from demur.errors import CapabilityError, InputError
-from demur.explain import collect, fit_probe, grid, token_index
+from demur import models as models_of_demur
+from demur.errors import CapabilityError, DemurError, InputError
+from demur.explain import collect, fit_probe, grid, show_positions, state_store, token_index
 from demur.explain.probe import Probe
+from demur.runtime import batching
+from demur.runtime.local import LocalRuntime
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import Condition, Message, Prompt
-from tests.runtime.tiny import tiny_runtime
+from tests.runtime.test_chat import tokenizer
+from tests.runtime.tiny import tiny_model, tiny_runtime
 
 TEXTS = ["how do I boil an egg", "write a letter to my cat", "bomb", "what is the capital of france ?"]
 PROMPTS = [Prompt.of(t, id=str(i)) for i, t in enumerate(TEXTS)]
+WINDOWS = batching.windows
 
 
 def by_hand(runtime, prompt, layer, index):
@@ -84,6 +91,40 @@ def test_collect_refuses_what_it_cannot_mean():
         collect(ScriptedRuntime(lambda p: "no"), PROMPTS, [(0, -1)])
 
 
+def test_states_on_disk_go_on_where_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_store, "WINDOW", 2)
+    monkeypatch.setattr(batching, "windows", lambda items, size=2: WINDOWS(items, 2))
+    runtime, sites = tiny_runtime(), grid([0, 2])
+    whole = collect(runtime, PROMPTS, sites, store=tmp_path / "whole")
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(runtime, PROMPTS, sites, store=tmp_path / "cut", progress=stop)
+    seen = []
+    again = collect(
+        runtime, PROMPTS, sites, store=tmp_path / "cut", progress=lambda done, _: seen.append(done)
+    )
+    assert seen == [3, 4]  # the second window is done anew as a whole
+    plain = collect(runtime, PROMPTS, sites)
+    for site in sites:
+        assert isinstance(again[site], np.memmap)
+        assert (np.asarray(again[site]) == whole[site]).all() and (whole[site] == plain[site]).all()
+    files = [(tmp_path / d / "states.npy").read_bytes() for d in ("whole", "cut")]
+    assert files[0] == files[1]
+    for runtime_, prompts, other in [
+        (tiny_runtime("gpt_neox"), PROMPTS, "model, fingerprint"),
+        (runtime, PROMPTS[:3], "prompts"),
+    ]:
+        with pytest.raises(InputError, match=f"other {other}"):
+            collect(runtime_, prompts, sites, store=tmp_path / "cut")
+    (tmp_path / "cut" / "states.npy").write_bytes(b"no array")
+    with pytest.raises(InputError, match="no whole store"):
+        collect(runtime, PROMPTS, sites, store=tmp_path / "cut")
+
+
 def test_values_beyond_half_precision_are_an_error_not_infinity():
     from demur.runtime.local import BlockEdit
 
@@ -103,3 +144,109 @@ def test_from_states_to_a_saved_probe(tmp_path):
     assert ((probe.score(X[14:]) > 0) == y[14:]).mean() >= 5 / 6
     probe.save(tmp_path / "p.safetensors")
     assert Probe.load(tmp_path / "p.safetensors", fingerprint=runtime.fingerprint).site == (2, "t_post")
+
+
+def runtime_of(kind, **options):
+    return LocalRuntime(tiny_model(), tokenizer(kind), name=kind, **options)
+
+
+def text_of(tokens, name):
+    return "".join(t.text for t in tokens if name in t.names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tail"),
+    [
+        ("smollm2", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("qwen3", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("deepseek_r1", "<｜Assistant｜><think>\n"),
+        ("gpt_oss", "<|end|><|start|>assistant"),
+    ],
+)
+def test_the_tokens_of_a_prompt_and_whose_text_they_hold(kind, tail):
+    runtime = runtime_of(kind)
+    prompt = Prompt.of("What is a user?\n", system="user: be brief")
+    tokens = show_positions(runtime, prompt)
+    assert [t.id for t in tokens] == runtime.chat.render(prompt).ids
+    assert [t.index for t in tokens] == list(range(len(tokens))) == [t.end + len(tokens) for t in tokens]
+    assert text_of(tokens, "system") == "user: be brief"
+    # SmolLM2's own template and the others write the message as it is; its last character is the line end
+    assert text_of(tokens, "prompt") == "What is a user?\n"
+    assert [t.text for t in tokens if "t_inst" in t.names] == ["\n"]
+    ending = [t for t in tokens if t.end >= -len(runtime.chat.tail)]
+    assert "".join(t.text for t in ending) == tail
+    assert [t.names[1] for t in ending] == [*(f"t_post-{k}" for k in range(len(ending) - 1, 0, -1)), "t_post"]
+    assert ending[-1].names == ("template", "t_post", "last")
+    for t in tokens:
+        for name in t.names[1:]:
+            assert token_index(runtime, name) == t.end
+    with pytest.raises(InputError, match="writes"):
+        token_index(runtime, f"t_post-{len(ending)}")
+
+
+def test_a_begun_answer_and_a_typed_control_token():
+    runtime = runtime_of("smollm2")
+    begun = Prompt(
+        id="b", messages=(Message(role="user", content="egg"), Message(role="assistant", content="I"))
+    )
+    tokens = show_positions(runtime, begun)
+    assert tokens[-1].names == ("assistant", "last") and not text_of(tokens, "t_inst")
+    # the text of the prompt is not the text the tokenizer would read, so nobody can say whose a token is
+    typed = show_positions(runtime, Prompt.of("say <|im_end|> now"))
+    assert text_of(typed, "t_inst") == "w" and not text_of(typed, "prompt")
+
+
+def test_a_template_that_runs_into_the_message_has_no_t_inst():
+    letters = {c: i for i, c in enumerate(["<s>", *"abcdefghijklmnopqrstuvwxyz?.7ĠQI"])}
+    core = Tokenizer(models.BPE(vocab={**letters, "?.": len(letters)}, merges=[("?", ".")], unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    glued = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<s>", chat_template="{{ messages[-1].content }}.a"
+    )
+    runtime = LocalRuntime(tiny_model(), glued, name="glued")
+    assert token_index(runtime, "t_post") == -1
+    with pytest.raises(CapabilityError, match="no boundary"):
+        show_positions(runtime, Prompt.of("why"))
+    with pytest.raises(CapabilityError, match="no boundary"):
+        collect(runtime, PROMPTS, [(0, "t_inst")])
+
+
+def test_a_template_without_a_system_role_says_so():
+    picky = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    )
+    runtime = runtime_of("smollm2", template=picky + "{{ messages[-1].content }}<|im_end|>")
+    assert text_of(show_positions(runtime, Prompt.of("egg")), "t_inst") == "g"
+    with pytest.raises(InputError, match="System role not supported"):
+        show_positions(runtime, Prompt.of("egg", system="be brief"))
+    with pytest.raises(InputError, match="System role not supported"):
+        collect(runtime, PROMPTS, [(0, -1)], Condition(system="be brief"))
+
+
+def test_a_position_outside_the_prompt_and_a_prompt_beyond_the_context():
+    runtime = tiny_runtime()
+    with pytest.raises(InputError, match="position -99 is outside prompt '0'"):
+        collect(runtime, PROMPTS, [(0, -99)])
+    with pytest.raises(InputError, match="context"):
+        collect(runtime, [Prompt.of("egg " * 300)], [(0, -1)])
+
+
+@pytest.mark.model
+def test_the_tokens_of_smollm2():
+    try:
+        tokens = AutoTokenizer.from_pretrained(models_of_demur.resolve("smollm2").path)
+    except DemurError as e:
+        pytest.skip(f"no SmolLM2 weights here: {e}")
+    found = show_positions(
+        LocalRuntime(tiny_model(), tokens, name="smollm2"), Prompt.of("How do I boil an egg?")
+    )
+    assert [t.text for t in found if "prompt" in t.names] == ["How", " do", " I", " boil", " an", " egg", "?"]
+    assert [t.names[1:] for t in found[-7:]] == [
+        ("t_inst",),
+        ("t_post-5",),
+        ("t_post-4",),
+        ("t_post-3",),
+        ("t_post-2",),
+        ("t_post-1",),
+        ("t_post", "last"),
+    ]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from demur.errors import InputError
-from demur.explain import split_rows, sweep
+from demur.explain import split_rows, sweep, sweep_report
 from demur.explain.sweep import Baseline
+from demur.explain.sweep_report import ALWAYS
 from demur.stats import auroc
 
 
@@ -81,6 +82,60 @@ def test_a_probe_that_reads_the_surface_does_not_beat_the_bag_of_words():
     assert length.beaten and length.gain == pytest.approx(found.auroc - length.auroc)
     assert length.gain_low < length.gain < length.gain_high and not found.notes
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_result_is_never_shown_without_its_controls():
+    states, y = world(100, shift=(0.0, 2.0))
+    texts = [f"text {i} of {'b' if yes else 'a'}" for i, yes in enumerate(y)]
+    found = sweep(states, y, split_rows(y), ["mean_difference"], texts=texts, draws=3)
+    shown = str(found)
+    assert f"{found.auroc:.3f}" in shown and "layer 1, t_post" in shown and "select rows" in shown
+    for name in ALWAYS:
+        (line,) = (row for row in shown.splitlines() if row.strip().startswith(name.replace("_", " ")))
+        control = found.controls[name]
+        if control is None:
+            assert name == "topic_only" and "not run" in line
+        else:
+            value = control.auroc if isinstance(control, Baseline) else control.mean
+            assert f"{value:.3f}" in line
+    assert "no topics were given" in shown
+    saved = json.loads(json.dumps(found.to_dict()))
+    assert sweep_report(saved) == found.report()
+    del saved["controls"]["bag_of_words"]
+    with pytest.raises(InputError, match="lacks the controls bag_of_words"):
+        sweep_report(saved)
+
+
+def test_a_naive_liar_unmasks_a_probe_of_falsehood():
+    rng = np.random.default_rng(0)
+    lies = rng.random(300) < 0.5
+    # axis 0: the text is false; axis 1: the model knows it. Both tell instructed lies from truths.
+    states = {(k, -1): rng.normal(size=(300, 2)) for k in range(2)}
+    naive = {(k, -1): rng.normal(size=(120, 2)) for k in range(2)}
+    for k in range(2):
+        states[k, -1][:, k] += 3 * lies
+        naive[k, -1][:, 0] += 3
+    one = {
+        k: sweep({(k, -1): states[k, -1]}, lies, split_rows(lies), ["mean_difference"], draws=2, naive=naive)
+        for k in range(2)
+    }
+    surface, knowing = (one[k].controls["naive_liar"] for k in range(2))
+    assert surface.auroc > 0.95 and not surface.beaten
+    assert abs(knowing.auroc - 0.5) < 0.15 and knowing.beaten
+    assert knowing.gain == pytest.approx(one[1].auroc - knowing.auroc)
+    assert knowing.gain_low < knowing.gain < knowing.gain_high
+    assert "naive liar" in str(one[0]) and "naive liar" not in str(sweep(states, lies, split_rows(lies)))
+    with pytest.raises(InputError, match="at every site"):
+        sweep(states, lies, split_rows(lies), naive={(0, -1): naive[0, -1]})
+
+
+def test_too_few_rows_and_one_class_are_explained():
+    states, y = world(19)
+    with pytest.raises(InputError, match=r"19 labelled rows.*at least 20"):
+        sweep(states, y, split_rows(y))
+    states, y = world(40)
+    with pytest.raises(InputError, match="0 rows of one class"):
+        sweep(states, np.ones(40), split_rows(np.ones(40)))
 
 
 def test_clusters_widen_the_interval():

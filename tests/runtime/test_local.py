@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from demur.errors import CapabilityError, DemurError, InputError
-from demur.runtime import forward
+from demur.runtime import batching, forward
 from demur.runtime.layers import find_layers, hooked
 from demur.runtime.local import REFUSAL_OPENINGS, BlockEdit, LocalRuntime
 from demur.types import RESPOND, Condition, Message, Prompt, Score, Site
@@ -104,6 +104,56 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(monkeypatch: pytes
         assert a.p_refuse == pytest.approx(b.p_refuse, rel=1e-3, abs=1e-6)
     for x, y in zip(states, states_apart, strict=True):
         np.testing.assert_allclose(x.vectors, y.vectors, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_is_kept_from_window_to_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, condition, site = tiny_runtime(), Condition(system=SYSTEM), [Site(layer=1)]
+    whole = list(runtime.states(MANY, site, condition))
+    made: list[int] = []
+    make = forward.Prefix.__init__
+
+    def spy(self: forward.Prefix, model: Any, ids: list[int], stop: Any) -> None:
+        made.append(len(ids))
+        make(self, model, ids, stop)
+
+    monkeypatch.setattr(forward.Prefix, "__init__", spy)
+    windows = batching.windows
+    monkeypatch.setattr(batching, "windows", lambda items, size=4: windows(items, 4))
+    apart = list(runtime.states(MANY, site, condition))
+    assert len(made) == 1 and made[0] >= len(SYSTEM.split())
+    for x, y in zip(whole, apart, strict=True):
+        np.testing.assert_allclose(x.vectors, y.vectors, atol=1e-4, rtol=1e-4)
+    made.clear()
+    other = [replace(p, messages=(Message(role="user", content="no " + p.text),)) for p in MANY[:4]]
+    list(runtime.states([*MANY[:4], *other], site, condition))  # another prefix in the second window
+    assert len(made) == 2
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])  # without and with biases
+def test_linear_layers_of_another_library_change_rounding_only(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, sites = tiny_runtime(arch), [Site(layer=k, position=p) for k in range(3) for p in (-1, -3)]
+    monkeypatch.setattr(forward, "fast_linear", forward.nullcontext)
+    plain = list(runtime.states(MANY, sites))
+    calls: list[int] = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def spy(*args: Any) -> Any:
+        calls.append(len(args))
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    monkeypatch.setattr(forward, "fast_linear", forward._OneDnn)
+    fast = list(runtime.states(MANY, sites))
+    assert len(calls) >= 6
+    for x, y in zip(plain, fast, strict=True):
+        np.testing.assert_allclose(x.vectors, y.vectors, atol=1e-4, rtol=1e-4)
+    with forward._OneDnn():
+        layer, x = torch.nn.Linear(4, 3).bfloat16(), torch.ones(64, 4, dtype=torch.bfloat16)
+        calls.clear()
+        assert layer(x).dtype is torch.bfloat16 and not calls
 
 
 def test_a_prefix_longer_than_the_sliding_window_is_not_shared() -> None:

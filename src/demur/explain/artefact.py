@@ -90,7 +90,7 @@ def write_artefact(
     try:
         from safetensors.numpy import save
     except ImportError:
-        raise MissingExtra(f"Saving a {what}", "explain") from None
+        raise MissingExtra(f"Saving a {what}", "local") from None
     header = json.dumps({"schema_version": VERSION, "what": what, **about}, sort_keys=True, allow_nan=False)
     write_atomic(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"demur": header}))
 
@@ -106,7 +106,7 @@ def read_artefact(
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise MissingExtra(f"Loading a {what}", "explain") from None
+        raise MissingExtra(f"Loading a {what}", "local") from None
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; it should hold a {what} saved by demur")
     try:

@@ -273,7 +273,7 @@ def _logistic(H: FloatArray, yes: npt.NDArray[np.bool_], C: float) -> tuple[Floa
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise MissingExtra("A logistic probe", "explain") from None
+        raise MissingExtra("A logistic probe", "local") from None
     model = LogisticRegression(C=C, max_iter=5000).fit(H, yes)
     return np.asarray(model.coef_, float), float(model.intercept_[0])
 

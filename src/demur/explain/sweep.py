@@ -17,21 +17,26 @@ from demur.errors import InputError
 from demur.explain.artefact import FloatArray, Place
 from demur.explain.positions import collect
 from demur.explain.probe import KINDS, Kind, Probe, fit_probe
+from demur.explain.sweep_report import sweep_report
+from demur.report.render import to_text
 from demur.stats import controls, rate
 from demur.stats.controls import BoolArray, Null
 from demur.stats.curves import auroc, auroc_interval
 from demur.stats.intervals import bootstrap_interval
-from demur.types import Rate
+from demur.types import Rate, Report
 
 __all__ = ["Baseline", "Cell", "Sweep", "collect", "split_rows", "sweep"]
 
 Rows = npt.NDArray[np.intp]
+FEWEST = 20
+"""Rows below which no sweep is run: with five rows to test on, an AUROC of 0.5 and one of 0.95 look alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
     """A rule that sees the texts only, fitted on the same rows and tested on the same rows.
 
+    For `naive_liar` it is the chosen probe itself, reading the naive rows in place of the positive test rows.
     `gain` is the probe's AUROC minus this one's, with its paired bootstrap interval `gain_low` to `gain_high`.
     """
 
@@ -70,7 +75,7 @@ class Sweep:
         fpr, tpr: shares of negative and positive test rows at or above the threshold, or None.
         cells: select AUROC of every site and kind, in the order tried.
         controls: `random_labels`, `shuffled`, `random_direction` (Null), `bag_of_words`, `length`, `topic_only`
-            (Baseline, or None where no texts or topics were given).
+            (Baseline, or None where no texts or topics were given); `naive_liar` (Baseline) where it was asked for.
         notes: what a reader should know.
     """
 
@@ -101,6 +106,14 @@ class Sweep:
     def kind(self) -> Kind:
         """Kind of the chosen probe."""
         return self.probe.kind
+
+    def report(self, title: str = "Probe") -> Report:
+        """The result beside its controls, ready for `demur.report`; `sweep_report` makes it of a saved result."""
+        return sweep_report(self.to_dict(), title)
+
+    def __str__(self) -> str:
+        """The report as text."""
+        return to_text(self.report())
 
     def heat_map(self, kind: Kind) -> tuple[list[int], list[int | str], FloatArray]:
         """Layers, positions and select AUROC (layers, positions) of one kind; NaN for sites not swept."""
@@ -185,6 +198,7 @@ def sweep(
     draws: int = 20,
     fingerprint: str | None = None,
     allow_repeats: bool = False,
+    naive: Mapping[Place, npt.ArrayLike] | None = None,
 ) -> Sweep:
     """Fit every kind at every site, choose on the select rows, and test the chosen one beside its controls.
 
@@ -197,9 +211,13 @@ def sweep(
         draws: refits on permuted labels. C: of the logistic kind. seed: of nulls and bootstraps.
         fingerprint: of the model, saved with the probe.
         allow_repeats: accept a text that occurs in two parts.
+        naive: for probes of deceit, states (m, d) at the same sites of texts that are false although nothing in
+            the model knows better (a naive liar). A probe of knowing deceit scores them like the negatives, so
+            `controls["naive_liar"].auroc` belongs near 0.5; one that reads falsehood or theme does not.
 
     Raises:
-        InputError: parts that share rows, clusters or texts, a part with fewer than two rows of a class.
+        InputError: fewer than 20 rows, parts that share rows, clusters or texts, a part with fewer than two rows
+            of a class.
         MissingExtra: scikit-learn is not installed.
 
     >>> rng = np.random.default_rng(0)
@@ -211,6 +229,11 @@ def sweep(
     ((1, 't_post'), True)
     """
     yes = controls.labels(y)
+    if len(yes) < FEWEST:
+        raise InputError(
+            f"{len(yes)} labelled rows: a sweep fits, chooses and tests on different ones and needs at least "
+            f"{FEWEST} in all; below that every AUROC is compatible with chance. Add prompts"
+        )
     rows = _check_parts(parts, yes)
     _check_leaks(rows, texts, topics, clusters, len(yes), allow_repeats)
     if not states or not kinds:
@@ -244,7 +267,11 @@ def sweep(
     area = auroc(scores, y_test)
     interval = auroc_interval(scores, y_test, clusters=group, seed=seed)
     assert area is not None and interval is not None
+    if naive is not None and not states.keys() <= naive.keys():
+        raise InputError("naive states are needed at every site of the sweep, since any may be chosen")
     beside, more = _controls(probe, X, yes, rows, scores, area, texts, topics, clusters, C, draws, seed)
+    if naive is not None and probe.site is not None:
+        beside["naive_liar"] = _naive(scores, probe.score(naive[probe.site]), y_test, area, seed)
     flagged = None if fpr is None else scores >= (probe.threshold or 0.0)
     return Sweep(
         probe=probe,
@@ -326,6 +353,28 @@ def _baseline(
     own, interval = auroc(rule, y), auroc_interval(rule, y, clusters=group, seed=seed)
     assert own is not None and interval is not None
     low, high = bootstrap_interval(gain, probe, rule, y, clusters=group, n_boot=1000, seed=seed)
+    return Baseline(
+        auroc=own, low=interval[0], high=interval[1], gain=area - own, gain_low=low, gain_high=high
+    )
+
+
+def _naive(probe: FloatArray, naive: FloatArray, y: BoolArray, area: float, seed: int) -> Baseline:
+    """How far the probe tells naive rows from negatives, beside how far it tells positives from them."""
+    scores = np.concatenate([probe, naive])
+    kind = np.concatenate([y.astype(int), np.full(len(naive), 2)])
+
+    def of(s: FloatArray, k: npt.NDArray[Any], which: int) -> float:
+        mine = (k == 0) | (k == which)
+        found = auroc(s[mine], k[mine] == which)
+        return float("nan") if found is None else found
+
+    def gain(s: FloatArray, k: npt.NDArray[Any]) -> float:
+        return of(s, k, 1) - of(s, k, 2)
+
+    mine = kind != 1
+    own, interval = of(scores, kind, 2), auroc_interval(scores[mine], kind[mine] == 2, seed=seed)
+    assert interval is not None
+    low, high = bootstrap_interval(gain, scores, kind, n_boot=1000, seed=seed)
     return Baseline(
         auroc=own, low=interval[0], high=interval[1], gain=area - own, gain_low=low, gain_high=high
     )

@@ -130,6 +130,15 @@ class ChatFormat:
             n += 1
         return rows[0][len(rows[0]) - n :]
 
+    @cached_property
+    def joins(self) -> bool:
+        """Whether the template's text behind a user message can share a token with the message."""
+        for text in self._probes:
+            owners = self.owners(Prompt.of(text, id="probe"))
+            if owners is not None and owners[-len(self.tail) - 1] != {"user"}:
+                return True
+        return False
+
     @property
     def _probes(self) -> tuple[str, ...]:
         """Messages that end differently; words of the tokenizer's own where it knows none of ours."""
@@ -187,6 +196,13 @@ class ChatFormat:
         return text
 
     def _ids(self, messages: Sequence[Message], where: str, header: bool | None = None) -> list[int]:
+        text, mark, _ = self._written(messages, where, header)
+        return self._encode(text, mark, where)
+
+    def _written(
+        self, messages: Sequence[Message], where: str, header: bool | None
+    ) -> tuple[str, str, list[dict[str, Any]]]:
+        """The rendered text, the mark in it, and the marked messages."""
         for m in messages:
             if m.role not in ROLES:
                 raise InputError(f"prompt {where!r}: role {m.role!r}; roles are {', '.join(sorted(ROLES))}")
@@ -205,9 +221,37 @@ class ChatFormat:
             # templates of vision models take a list of parts and drop plain strings
             parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in marked]
             text = self._apply(parts, self._options, header)
-        if header:
-            text += self._suffix
-        return self._encode(text, mark, where)
+        # a template's JSON filter may escape the mark
+        text = text.replace(mark.encode("unicode_escape").decode(), mark)
+        return text + (self._suffix if header else ""), mark, marked
+
+    def owners(self, prompt: Prompt) -> list[frozenset[str]] | None:
+        """Whose text each token of `render(prompt)` holds: roles, "template" for what the template wrote.
+
+        A token that joins two owners' characters names both. None where tokens cannot be laid over the text,
+        as for a prompt that spells a control token.
+        """
+        text, mark, marked = self._written(prompt.messages, prompt.id, None)
+        of, end = ["template"] * len(text), 0
+        for m in marked:
+            # a template may trim a message, leave it out, or rewrite it
+            for said in (m["content"], m["content"].strip()):
+                if mark in said and (start := text.find(said, end)) >= 0:
+                    end = start + len(said)
+                    of[start:end] = [m["role"]] * len(said)
+                    break
+        of = [owner for owner, c in zip(of, text, strict=True) if c != mark]
+        try:
+            found = self.tokenizer(
+                text.replace(mark, ""), add_special_tokens=False, return_offsets_mapping=True
+            )
+        except NotImplementedError:  # a tokenizer without offsets
+            return None
+        if list(found["input_ids"]) != self.render(prompt).ids:
+            return None
+        # a token without characters (white space that a tokenizer trims) belongs to what stands around it
+        spans = [(a, b) if b > a else (max(a - 1, 0), a + 1) for a, b in found["offset_mapping"]]
+        return [frozenset(of[a:b]) for a, b in spans]
 
     # --- untrusted text -------------------------------------------------------------------------------------
 
@@ -269,9 +313,6 @@ class ChatFormat:
 
     def _encode(self, text: str, mark: str, where: str) -> list[int]:
         """Tokenise rendered text in which `mark` shows where untrusted strings are."""
-        text = text.replace(
-            mark.encode("unicode_escape").decode(), mark
-        )  # a template's JSON filter may escape it
         trusted, pieces, end = [], [], 0
         for match in self._every.finditer(text):
             if len(match[0]) == 1 and text[match.start() - 1 : match.start()] == mark:

@@ -7,7 +7,7 @@ instances of that class and check their number against the config. Older modelli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -192,3 +192,46 @@ def _positions(seen: dict[str, Any], h_BTD: Tensor) -> Tensor:
         return (torch.arange(T, device=h_BTD.device) + seen.get("past", 0)).expand(B, T)
     given = given[0] if given.ndim == 3 else given  # multimodal rotary positions: the text axis comes first
     return given[..., -T:].to(h_BTD.device).expand(B, T)
+
+
+class HeadEdit:
+    """Scale attention heads, at all positions, where they enter the attention's output projection.
+
+    Args:
+        scales: (layer, head) -> factor; 0 takes a head out, 1 leaves it. Both count from 0.
+
+    >>> without = runtime.with_edits(HeadEdit({(12, 3): 0.0}))  # doctest: +SKIP
+    """
+
+    def __init__(self, scales: Mapping[tuple[int, int], float]) -> None:
+        self.scales = dict(scales)
+
+    @contextmanager
+    def install(self, model: Any) -> Iterator[None]:
+        """Hook the output projections of the heads' layers; the hooks are gone on exit."""
+        layers, n_heads = find_layers(model), text_config(model).num_attention_heads
+        for layer, head in self.scales:
+            if not (0 <= layer < len(layers) and 0 <= head < n_heads):
+                raise InputError(
+                    f"head {head} of layer {layer}: this model has layers 0 to {len(layers) - 1} with heads 0 "
+                    f"to {n_heads - 1}"
+                )
+        projections = find_projections(model, layers)
+        by_layer: dict[int, dict[int, float]] = {}
+        for (layer, head), scale in self.scales.items():
+            by_layer.setdefault(layer, {})[head] = scale
+        hooks = [
+            projections[layer].register_forward_pre_hook(_scaler([of.get(h, 1.0) for h in range(n_heads)]))
+            for layer, of in by_layer.items()
+        ]
+        with hooked(*hooks):
+            yield
+
+
+def _scaler(factors: list[float]) -> Callable[..., tuple[Any, ...]]:
+    def scale(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        o_BTW = args[0]
+        f_H1 = torch.tensor(factors, dtype=o_BTW.dtype, device=o_BTW.device)[:, None]
+        return ((o_BTW.unflatten(-1, (len(factors), -1)) * f_H1).flatten(-2), *args[1:])
+
+    return scale

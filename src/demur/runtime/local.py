@@ -210,6 +210,7 @@ class LocalRuntime(Runtime):
         _check_sites(sites, len(found))
         heads = layers.find_projections(self.model, found) if any(s.part == "heads" for s in sites) else ()
         reader = forward.SiteReader(found, heads, sites)
+        shared: list[forward.Prefix] = []
         for window in batching.windows(prompts):
             rows = [(p, self.chat.render(p.with_system(condition.system)).ids) for p in window]
             where = [[_place(s, p, ids) for s in sites] for p, ids in rows]
@@ -231,9 +232,11 @@ class LocalRuntime(Runtime):
                 return list(reader.result())
 
             tensors = self.batched(
-                [ids for _, ids in rows], read, first=min(map(min, where)), stop=reader.last
+                [ids for _, ids in rows], read, first=min(map(min, where)), stop=reader.last, kept=shared
             )
-            yield from (States(p.id, t.numpy()) for (p, _), t in zip(rows, tensors, strict=True))
+            tensors.reverse()
+            for p, _ in rows:
+                yield States(p.id, tensors.pop().numpy())  # popped: what was handed out is not held here
 
     # --- what they share ------------------------------------------------------------------------------------
 
@@ -254,6 +257,7 @@ class LocalRuntime(Runtime):
         stop: Any = None,
         extra: int = 0,
         share: bool = True,
+        kept: list[forward.Prefix] | None = None,
     ) -> list[Result]:
         """Run `work(batch of row indices, shared prefix)` over a window; results in row order.
 
@@ -261,12 +265,13 @@ class LocalRuntime(Runtime):
             rows: token ids. first: the lowest position that is read (the shared prefix ends before it).
             stop: the module after which passes end. extra: tokens a row will grow by.
             share: whether a shared prefix may be computed apart.
+            kept: holds the prefix of the window before, which is used again where this one has the same.
         """
         if not rows:
             return []
         results: list[Result | None] = [None] * len(rows)
         with self.edited():
-            prefix = self._prefix(rows, first, stop) if share else None
+            prefix = self._prefix(rows, first, stop, kept) if share else None
             skip = prefix.length if prefix else 0
             lengths = [len(r) - skip + extra for r in rows]
             todo = batching.plan(lengths, self._budget(extra))
@@ -298,12 +303,20 @@ class LocalRuntime(Runtime):
             torch.cuda.empty_cache()
         return [[rest[i] for i in b] for b in batching.plan([lengths[i] for i in rest], self.token_budget)]
 
-    def _prefix(self, rows: Sequence[Sequence[int]], first: int | None, stop: Any) -> forward.Prefix | None:
+    def _prefix(
+        self, rows: Sequence[Sequence[int]], first: int | None, stop: Any, kept: list[forward.Prefix] | None
+    ) -> forward.Prefix | None:
         limit = min(map(len, rows)) - 1
         length = min(batching.common_prefix(rows), limit if first is None else min(first, limit))
         if len(rows) < 4 or length < forward.PREFIX_FLOOR or not forward.prefix_fits(self.model, length):
             return None
-        return forward.Prefix(self.model, rows[0][:length], stop)
+        ids = list(rows[0][:length])
+        if kept and kept[0].ids == ids:
+            return kept[0]
+        prefix = forward.Prefix(self.model, ids, stop)
+        if kept is not None:
+            kept[:] = [prefix]
+        return prefix
 
     def _render(self, prompt: Prompt, condition: Condition) -> list[int]:
         ids = self.chat.render(prompt.with_system(condition.system)).ids

@@ -46,7 +46,7 @@ def bag_of_words(
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise MissingExtra("The bag-of-words control", "explain") from None
+        raise MissingExtra("The bag-of-words control", "local") from None
     yes = labels(y, len(train_texts))
     if not any(re.search(r"\S", t) for t in train_texts):
         return np.zeros(len(test_texts))
