@@ -17,7 +17,7 @@ from typing import Any
 
 from demur import judges
 from demur.errors import InputError
-from demur.judges.base import PREREAD
+from demur.judges.base import FAKE_COMPLIANCE, PREREAD
 from demur.measure.asking import (
     ERROR,
     UNPARSED,
@@ -137,9 +137,10 @@ class _Abuse(ABC):
             (name, *(t[c] for c in columns), t["violation"]) for name, t in (*by.items(), ("all", total))
         )
         notes = [
+            FAKE_COMPLIANCE,
             "Violation: " + " or ".join(self.violating) + ", as a share of what the judge could grade. "
             f"If what it could not were all violations, or none: {_range(total)}; by the published rule "
-            f"{total['published']:.1%}."
+            f"{total['published']:.1%}.",
         ]
         if model == self.judge_name:
             notes.append("Judge and model under test are the same model; take another judge.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from demur import stats
 from demur.errors import InputError
-from demur.judges.base import PREREAD
+from demur.judges.base import FAKE_COMPLIANCE, PREREAD
 from demur.measure.asking import (
     ERROR,
     Key,
@@ -266,6 +266,7 @@ def _notes(values: Mapping[str, Any], model: str | None, judge: str | None) -> l
         )
     else:
         unparsed, failed = values["judge"].get("unparsed", 0), values["judge"].get(ERROR, 0)
+        notes.append(FAKE_COMPLIANCE)
         notes.append(
             f"The judge's answer could not be read {unparsed} times, and its call failed {failed} times."
         )

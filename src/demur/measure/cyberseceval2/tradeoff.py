@@ -9,6 +9,7 @@ from typing import Any
 
 from demur.errors import InputError
 from demur.files import parse_json, read_text
+from demur.judges.base import FAKE_COMPLIANCE
 from demur.report.plots import GRID, INK, MARK, MUTED, to_svg
 from demur.report.render import clean, percent
 from demur.types import Rate, Report, Table
@@ -98,6 +99,7 @@ def trade_off(points: Sequence[Point]) -> Report:
         notes=(
             f"False refusals by {points[0].matcher}; violations: {points[0].kind}. Both lower: models whose two "
             "rates both lie below, with intervals that do not touch.",
+            FAKE_COMPLIANCE,
         ),
         provenance={"matcher": points[0].matcher, "kind": points[0].kind},
     )

@@ -237,7 +237,8 @@ def _curve(
             ]
     note = (
         "Requests that are not to be answered (or unlabelled), counted as answered when one of k draws is. "
-        "Draws that could not be read are no answers. Of the requests with k draws or more."
+        "Draws that could not be read are no answers. Of the requests with k draws or more. "
+        f"{judges.FAKE_COMPLIANCE}"
     )
     return Table(
         "Answered within k draws", ("judge", "tense", *(f"k = {k}" for k in ks)), tuple(rows), note
