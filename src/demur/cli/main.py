@@ -23,6 +23,7 @@ from demur.cli import (
     calibrate,
     card,
     diff,
+    explain,
     export,
     gate,
     judge,
@@ -107,6 +108,7 @@ app.command("measure")(measure.measure)
 app.command("diff")(diff.diff)
 app.command("gate")(gate.gate)
 app.command("export")(export.export)
+app.command("explain")(explain.explain)
 app.command("score")(answers.score)
 app.command("generate")(answers.generate)
 app.command("judge")(judge.judge)

@@ -24,6 +24,7 @@ from demur.flows.collect import Given, Stage, collect, judged, sources, stratifi
 from demur.flows.runs import WINDOW, RunFolder
 from demur.flows.sections import affordable
 from demur.flows.settings import base_config, model_config, public_name, set_config
+from demur.flows.where import states_stages
 from demur.flows.write import CardResult, report, write_card
 from demur.report.importers import load_answers
 from demur.runtime.base import Decide, Runtime
@@ -34,9 +35,11 @@ __all__ = ["CardResult", "card", "card_from_replies", "report"]
 DEFAULT_TEXTS = 150
 TENSE_GROUPS = 80
 """Prompts whose score is also read in the past, the future and a paraphrase."""
+QUADRANTS = 120
+"""Prompts whose two beliefs are read."""
 USUAL_GUARANTEE = (0.05, 0.1)
 """alpha and delta where nobody asks for others."""
-DEFAULT_BUDGET = 420.0
+DEFAULT_BUDGET = 510.0
 """Seconds on two cores with the default model that optional sections must fit into."""
 
 
@@ -142,6 +145,9 @@ def card(
         decide=rule,
         tenses=tenses,
     )
+    stages += states_stages(
+        runtime, baseline, PromptSet(asked.name, stratified(asked, QUADRANTS, seed)), condition, full=full
+    )
     left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget)
     stages = [s for s in stages if s.name not in left_out]
     fitted = calibrate if any(s.name == "scores-calibrate" for s in stages) else None
@@ -201,6 +207,8 @@ _NOTE_OF = {
     "texts-baseline": "baseline",
     "scores-calibrate": "scores-calibrate",
     "scores-tense": "scores-tense",
+    "where": "where",
+    "changed": "changed",
 }
 
 

@@ -25,7 +25,8 @@ class CardData:
     """A finished run.
 
     `prompts` are reported on (those that were asked), a guarantee may be fitted on `calibrate`, and
-    `tenses` holds some of the prompts in other tenses. Scores are by
+    `tenses` holds some of the prompts in other tenses. `where` and `changed` are what `demur.flows.where` read.
+    Scores are by
     prompt id, replies and verdicts by (prompt id, sample); `baseline_*` belong to the same base without its
     adapter.
     """
@@ -40,6 +41,8 @@ class CardData:
     calibrate_scores: Mapping[str, Score] = field(default_factory=dict)
     tenses: PromptSet | None = None
     tense_scores: Mapping[str, Score] = field(default_factory=dict)
+    where: Mapping[str, Any] | None = None
+    changed: Mapping[str, Any] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -58,6 +61,8 @@ class CardData:
             calibrate_scores=run.scores("scores-calibrate"),
             tenses=run.prompts("prompts-tense"),
             tense_scores=run.scores("scores-tense"),
+            where=next(iter(run.rows("where")), None),
+            changed=next(iter(run.rows("changed")), None),
             notes=run.notes,
         )
 

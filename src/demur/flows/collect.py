@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
-from demur.errors import CapabilityError
-from demur.files import to_row
+from demur.errors import CapabilityError, MissingExtra
+from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.runs import RunFolder, stored_row
 from demur.flows.settings import public_name
 from demur.judges.base import Judge, judge_all
@@ -20,6 +20,7 @@ from demur.types import Condition, Prompt, PromptSet, Reply, Verdict
 
 SCORE_SECONDS = 0.1
 TEXT_SECONDS = 1.0
+STATES_SECONDS = 0.06
 """Cost of one prompt on two cores with the 135M default: the unit of the card's time plan, not a promise."""
 
 Tick = Callable[[float], None]
@@ -32,7 +33,7 @@ class Stage:
 
     name: str
     title: str
-    kind: Literal["scores", "texts"]
+    kind: Literal["scores", "texts", "states"]
     runtime: Runtime
     prompts: tuple[Prompt, ...]
     condition: Condition
@@ -40,10 +41,14 @@ class Stage:
     samples: int = 1
     T: float = 1.0
     decide: Decide | None = None
+    read: Callable[[Progress], Mapping[str, Any]] | None = None
+    passes: int = 0
 
     @property
     def seconds(self) -> float:
-        """Estimated cost."""
+        """Estimated cost. `passes` counts those of kind "states", whose `read` gives the one row of the stream."""
+        if self.kind == "states":
+            return STATES_SECONDS * self.passes
         each = SCORE_SECONDS if self.kind == "scores" else TEXT_SECONDS * self.samples
         return each * len(self.prompts)
 
@@ -93,6 +98,9 @@ def collect(
     with meter(stages, progress) as start:
         for stage in stages:
             tick = start(stage)
+            if stage.kind == "states":
+                _states(run, stage, tick)
+                continue
             if stage.kind == "scores":
                 _scores(run, stage, tick)
             else:
@@ -109,6 +117,21 @@ def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
             run.commit({stage.streams[0]: [to_row(s) for s in rows]})
         run.note(stage.name, None)
     except CapabilityError as e:
+        run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))
+
+
+def _states(run: RunFolder, stage: Stage, tick: Tick) -> None:
+    path = run.file(stage.streams[0])
+    if path.exists() or stage.read is None:
+        return
+
+    def progress(done: int, total: int | None) -> None:
+        tick(len(stage.prompts) * done / max(total or done, 1))
+
+    try:
+        write_atomic(path, dumps_row(stage.read(progress)) + "\n")
+        run.note(stage.name, None)
+    except (CapabilityError, MissingExtra) as e:
         run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))
 
 

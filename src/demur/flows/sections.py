@@ -21,6 +21,7 @@ from demur.flows.section_texts import (
     headline_rates,
     text_section,
 )
+from demur.flows.section_where import changed_section, where_section
 from demur.measure.refusal import GENERAL, by_text
 from demur.report.render import percent
 from demur.report.view import CardView, Headline, Section
@@ -75,6 +76,8 @@ SECTIONS: tuple[SectionSpec, ...] = (
     SectionSpec("examples", ("scores", "texts"), 0.1, examples_section),
     SectionSpec("comparison", ("texts", "texts-baseline"), 1, comparison_section, optional=True),
     SectionSpec("tense", ("scores-tense",), 1, tense_section, optional=True),
+    SectionSpec("where", ("where",), 1, where_section, optional=True),
+    SectionSpec("changed", ("changed",), 1, changed_section, optional=True),
     SectionSpec("flips", ("texts",), 0.1, flips_section),
     SectionSpec("baselines", ("scores",), 1, baselines_section),
     SectionSpec("guarantee", ("scores-calibrate",), 3, None, optional=True),
@@ -221,7 +224,9 @@ def view(data: CardData, *, share: bool = False) -> CardView:
     sections = []
     for spec in SECTIONS:
         if spec.build is not None:
-            sections.append(spec.build(data, share=share) if spec.slug == "examples" else spec.build(data))
+            sections.append(
+                spec.build(data, share=share) if spec.slug in ("examples", "where") else spec.build(data)
+            )
     curve = next((s.figures[0] for s in sections if s.slug == "curve" and s.figures), None)
     return CardView(
         model=data.model,
