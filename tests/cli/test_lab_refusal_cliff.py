@@ -42,7 +42,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_report_traces_and_training_rows(cli: Cli, tmp_path: Path) -> None:
-    fit, file = write(tmp_path / "fit.jsonl", 40), write(tmp_path / "rows.jsonl", 10, shift=2, thinking="one two")
+    fit, file = (
+        write(tmp_path / "fit.jsonl", 40),
+        write(tmp_path / "rows.jsonl", 10, shift=2, thinking="one two"),
+    )
     names = {k: tmp_path / f"{k}.json" for k in ("out", "traces", "select")}
     files = [str(x) for k, path in names.items() for x in (f"--{k}", path)]
     done = cli(*LAB, file, "--fit", fit, *MARKS, "--heads", "2", "--causal", "--share", "0.2", *files)

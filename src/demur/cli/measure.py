@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ASKING = (
     *("model", "suite", "system", "samples", "temperature", "limit", "shard", "operating_point", "adapter"),
-    *("max_new_tokens", "base_only", "control_tokens", "dtype"),
+    *("max_new_tokens", "base_only", "control_tokens", "dtype", "guard"),
 )
 """What only a model that is asked has use for."""
 ENDPOINT_SECONDS, ENDPOINT_AT_ONCE = 2.0, 8
@@ -109,6 +109,10 @@ def measure(
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
+    guard: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Latent guard before the model (lab harmfulness-vs-refusal)."),
+    ] = None,
     keep_unsafe_text: Annotated[
         bool, typer.Option("--keep-unsafe-text", help="Keep answers that should not exist in the run folder.")
     ] = False,
@@ -159,6 +163,10 @@ def measure(
             if from_batch
             else o.load_model(model, base_only=base_only, **load)
         )
+        if guard is not None:
+            from demur.control.latent_guard import LatentGuard
+
+            runtime = LatentGuard.load(guard, fingerprint=runtime.fingerprint).guarding(runtime)
         made = flow.measure(
             runtime,
             asked,
