@@ -1,0 +1,190 @@
+"""`lab refusal-cliff`: does a model that thinks first mean to refuse, and lose it before the answer?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from demur.cli import options as o
+from demur.cli.screen import say, warn
+from demur.errors import CapabilityError, InputError
+from demur.files import dumps_row, write_atomic
+from demur.report.render import to_json, to_text
+from demur.types import Report, Table
+
+DRAWS = 20
+"""Probes on shuffled labels."""
+
+
+def run(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="JSONL or CSV to trace: prompt, thinking, and maybe id, answer."),
+    ],
+    fit: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Rows to fit the probe on: prompt, thinking, refused, and maybe harmful."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Built-in name, folder or hub id of a local model.")
+    ] = "smollm2",
+    system: o.System = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer to read, from 0; the last by default.")
+    ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published", help="As published: one logistic probe, fitted before the answer, for all tokens."
+        ),
+    ] = False,
+    heads: Annotated[
+        int, typer.Option(min=0, help="Show so many heads of each sign; 0 leaves them out.")
+    ] = 8,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Also take each shown head out and measure the probe again.")
+    ] = False,
+    open_mark: Annotated[
+        str,
+        typer.Option("--open", help="What opens the thinking, where the chat template does not write it."),
+    ] = "<think>\n",
+    close_mark: Annotated[str, typer.Option("--close", help="What closes the thinking.")] = "\n</think>\n\n",
+    seed: o.Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the score of each token as JSONL.")
+    ] = None,
+    select: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the rows with the largest drop as training rows (JSONL)."),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Share of the rows that --select takes.")] = 0.05,
+    as_json: o.Json = False,
+) -> None:
+    """Trace a refusal score through thinking, measure its fall before the answer, and find the heads behind it.
+
+    The rows are the model's own thinking, on harmful prompts. Probes are fitted on the rows of --fit, which say
+    whether the answer refused. Beside the drop stands that of a probe fitted on shuffled labels. `\\n` in --open
+    and --close is a line break.
+    """
+    from demur.explain import refusal_cliff as rc
+    from demur.runtime.local import LocalRuntime
+
+    marks = (m.replace("\\n", "\n") for m in (open_mark, close_mark))
+    markup = rc.Markup(**dict(zip(("open", "close"), marks, strict=True)))
+    thoughts, labelled = rc.load_thoughts(file), rc.load_thoughts(fit)
+    if shared := {(t.prompt.text, t.thinking) for t in thoughts} & {
+        (t.prompt.text, t.thinking) for t in labelled
+    }:
+        raise InputError(
+            f"{len(shared)} rows stand in {file} and in {fit}; a probe must not see what it is read on"
+        )
+    runtime = o.load_model(model)
+    if not isinstance(runtime, LocalRuntime):
+        raise CapabilityError(
+            f"{model!r} runs elsewhere; hidden states need a local model (folder or hub id)"
+        )
+    condition = o.condition(system=system)
+    by: Literal["groups", "final"] = "final" if published else "groups"
+    kind: Literal["mean_difference", "logistic"] = "logistic" if published else "mean_difference"
+    settings: dict[str, Any] = {
+        "layer": layer,
+        "kind": kind,
+        "markup": markup,
+        "condition": condition,
+        "seed": seed,
+    }
+    probes = rc.fit_probes(runtime, labelled, **settings)
+    found = rc.trace(runtime, probes, thoughts, by=by, condition=condition)
+    cliffs = [rc.cliff(t) for t in found]
+    flat = rc.shuffled_drops(
+        runtime, labelled, thoughts, probes, by=by, condition=condition, draws=DRAWS, seed=seed
+    )
+    low, high = np.quantile(flat, [0.025, 0.975])
+    chance = (f"drop of {DRAWS} probes on shuffled labels: mean, middle 95 %", float(flat.mean()), low, high)
+    cliff = rc.summarise(cliffs, seed=seed)
+    tables = [
+        dataclasses.replace(cliff, rows=(*cliff.rows, (*chance, len(cliffs)))),
+        Table(
+            f"probes on {probes.n_held_out} thoughts kept back",
+            ("reader", "AUROC"),
+            tuple(probes.held_out.items()),
+        ),
+    ]
+    values: dict[str, Any] = {
+        "layer": probes.layer,
+        "cliffs": [{**dataclasses.asdict(c), "drop": c.drop} for c in cliffs],
+        "curve": [dataclasses.asdict(p) for p in rc.curve(found, seed=seed)],
+        "held_out": dict(probes.held_out),
+    }
+    if heads:
+        tables.append(_heads(rc, runtime, probes, thoughts, heads, causal, condition, values))
+    report = Report(
+        title=f"Refusal cliff of {runtime.name}",
+        tables=tuple(tables),
+        values=values,
+        provenance={
+            "model": runtime.name,
+            "fingerprint": runtime.fingerprint,
+            "by": by,
+            "n_fit": probes.n_fit,
+        },
+        notes=probes.notes,
+    )
+    if out is not None:
+        write_atomic(out, to_json(report))
+    if traces is not None:
+        write_atomic(traces, "".join(dumps_row(_row(t)) + "\n" for t in found))
+    if select is not None:
+        from demur.train.cliff_selection import select as pick
+        from demur.train.cliff_selection import write_rows
+
+        chosen = pick(thoughts, cliffs, share)
+        write_rows(select, chosen, cliffs, markup=markup)
+        warn(f"{len(chosen)} training rows written to {select}.")
+    say(to_json(report) if as_json else to_text(report))
+
+
+def _heads(
+    rc: Any,
+    runtime: Any,
+    probes: Any,
+    thoughts: Any,
+    k: int,
+    causal: bool,
+    condition: Any,
+    values: dict[str, Any],
+) -> Table:
+    """The heads that write most against refusal and most for it."""
+    table = rc.head_table(runtime, probes, thoughts, condition=condition)
+    shown = table if len(table) <= 2 * k else [*table[:k], *table[-k:]]
+    if causal:
+        risen = rc.rises(runtime, probes, thoughts, [r.place for r in shown], condition=condition)
+        shown = [dataclasses.replace(r, rise=risen[r.place]) for r in shown]
+    values["heads"] = [dataclasses.asdict(r) for r in (shown if causal else table)]
+    columns = (
+        "layer",
+        "head",
+        "contribution",
+        "low",
+        "high",
+        "size",
+        *(["rise without it"] if causal else []),
+    )
+    rows = (dataclasses.astuple(r)[: len(columns)] for r in shown)
+    return Table(
+        f"heads, {len(shown)} of {len(table)}", columns, tuple(rows), note="below 0: against refusal"
+    )
+
+
+def _row(t: Any) -> dict[str, Any]:
+    scores = [round(float(s), 6) for s in t.scores]
+    return {"id": t.id, "tokens": list(t.tokens), "spans": list(t.spans), "scores": scores}
