@@ -22,7 +22,7 @@ from demur.types import DECLINING, UNREADABLE, Label, Prompt, Reply, Verdict
 from train import held_back
 
 HERE = Path(__file__).parent
-LOOKS = 11
+LOOKS = 12
 """How often the totals on XSTest, PyRIT and the medical pairs were looked at, this run included."""
 SHOWN = ("accuracy", "kappa", "sensitivity", "specificity")
 PARTS = ("xstest, unwatched half", "xstest")
