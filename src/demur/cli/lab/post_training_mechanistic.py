@@ -1,0 +1,100 @@
+"""`lab post-training-mechanistic`: what differs inside two checkpoints of one architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from demur.cli import options as o
+from demur.cli.screen import bar, say
+from demur.errors import InputError
+from demur.files import write_atomic
+from demur.report.render import to_text
+
+
+def run(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Built-in name, folder or hub id.")] = "smollm2",
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="The same model after training.")
+    ] = "demur-smollm2",
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="knowledge, truth, refusal or confidence; repeat for several. Default all."),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="CSV or JSONL with true_statement and false_statement."),
+    ] = None,
+    statements: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="A set with statement and label (0, 1); at least three sets."),
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text with labelled examples, put before each statement."),
+    ] = None,
+    max_pairs: Annotated[int, typer.Option(min=20, help="Pairs that are traced.")] = 40,
+    cross: Annotated[
+        bool, typer.Option("--cross", help="Also patch each model's states into the other.")
+    ] = False,
+    steer: Annotated[
+        int,
+        typer.Option(min=0, help="Requests answered under each change of the refusal direction; 0 for none."),
+    ] = 24,
+    lower: Annotated[
+        bool,
+        typer.Option(
+            "--allow-refusal-lowering",
+            help="Also subtract and ablate the refusal directions on harmful requests; it is noted in the result.",
+        ),
+    ] = False,
+    seed: o.Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write everything as JSON.")
+    ] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Compare two checkpoints inside: facts, truth, refusal, confidence.
+
+    Facts and truth need statements: the public files of this method, or your own. Refusal uses the safety requests
+    of the shipped corpus. SmolLM2 with and without its adapter takes some minutes.
+    """
+    from demur.explain.post_training import PARTS, compare, load_pairs, load_statements
+
+    sets = dict(_named(text) for text in statements or ())
+    runtimes = [o.load_model(name) for name in (base, tuned)]
+    with bar() as b:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = b.add_task(what, total=total)
+            b.update(tasks[what], completed=done, total=total)
+
+        found = compare(
+            *runtimes,
+            parts=tuple(part) if part else PARTS,
+            pairs=load_pairs(pairs) if pairs else None,
+            before=before.read_text("utf-8") if before else None,
+            statements=load_statements(sets, seed=seed) if sets else None,
+            max_pairs=max_pairs,
+            cross=cross,
+            steer=steer,
+            allow_refusal_lowering=lower,
+            seed=seed,
+            progress=report,
+        )
+    text = json.dumps(found.to_dict(), ensure_ascii=False, allow_nan=False)
+    if out is not None:
+        write_atomic(out, text + "\n")
+    say(text if as_json else to_text(found.report))
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, sign, file = text.partition("=")
+    if not (name and sign and file):
+        raise InputError(f"--statements {text!r}; write NAME=FILE, for example cities=cities.csv")
+    return name, Path(file)
