@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_states_of_statements_and_vectors_at_the_full_stop() -> None:
     found = text_states(r, sets)["a"]
     ids = torch.tensor([r.tokenizer(PAIRS[2].true)["input_ids"]])
     with torch.no_grad():
-        expected = r.model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, -1]
+        expected = copy.deepcopy(r.model)(input_ids=ids, output_hidden_states=True).hidden_states[1][0, -1]
     assert found.shape == (6, 3, 32) and found[2, 0] == pytest.approx(expected.numpy(), abs=1e-5)
     assert as_text(r).chat.render(Prompt.of("the Oslo")).ids == r.tokenizer("the Oslo")["input_ids"]
     vector = np.random.default_rng(0).normal(size=32)
