@@ -2,9 +2,9 @@
 
     DEMUR_CACHE=... python packages/demur-smollm2/tense.py
 
-Trains the control decision alone (no answer text, no own answers) on 1,200 rows of core/train: without past rows, with
-5 % past-tense refusals, and with as many harmless past requests beside them. Writes `tense.json`; the adapters are
-not kept.
+Trains the control decision alone (no answer text, no own answers) on 1,200 rows of core/train: without past rows,
+with 5 % past-tense refusals, and with as many harmless past requests beside them. Writes `tense.json`; the adapters
+are not kept.
 """
 
 from __future__ import annotations
