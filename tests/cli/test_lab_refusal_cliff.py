@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_report_traces_and_training_rows(cli: Cli, tmp_path: Path) -> None:
         write(tmp_path / "fit.jsonl", 40),
         write(tmp_path / "rows.jsonl", 10, shift=2, thinking="one two"),
     )
-    names = {k: tmp_path / f"{k}.json" for k in ("out", "traces", "select")}
+    names = {k: tmp_path / f"{k}.json" for k in ("out", "traces", "select", "page")}
     files = [str(x) for k, path in names.items() for x in (f"--{k}", path)]
     done = cli(*LAB, file, "--fit", fit, *MARKS, "--heads", "2", "--causal", "--share", "0.2", *files)
     assert done.code == 0, done.err
@@ -62,6 +63,9 @@ def test_report_traces_and_training_rows(cli: Cli, tmp_path: Path) -> None:
     picked = [json.loads(line) for line in names["select"].read_text().splitlines()]
     drops = {c["id"]: c["drop"] for c in report["cliffs"]}
     assert [p["id"] for p in picked] == sorted(drops, key=lambda i: -drops[i])[:2]
+    web = names["page"].read_text()
+    assert len(report["shuffled_curve"]) == len(report["curve"]) and "<script" not in web
+    assert web.count("<article>") == 6 and "6 of 10" in web and "one two" in re.sub("<[^>]+>", "", web)
     assert picked[0]["completion"][0]["content"].startswith("pleaseone two? .")
 
 

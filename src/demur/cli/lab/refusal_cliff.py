@@ -62,6 +62,10 @@ def run(
     traces: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the score of each token as JSONL.")
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one HTML page: curve, tables, six single traces."),
+    ] = None,
     select: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the rows with the largest drop as training rows (JSONL)."),
@@ -76,6 +80,7 @@ def run(
     and --close is a line break.
     """
     from demur.explain import refusal_cliff as rc
+    from demur.explain.refusal_cliff.shuffled import shuffled_curve
     from demur.runtime.local import LocalRuntime
 
     marks = (m.replace("\\n", "\n") for m in (open_mark, close_mark))
@@ -125,6 +130,11 @@ def run(
         "curve": [dataclasses.asdict(p) for p in rc.curve(found, seed=seed)],
         "held_out": dict(probes.held_out),
     }
+    if page is not None:
+        chances = shuffled_curve(
+            runtime, labelled, thoughts, probes, by=by, condition=condition, draws=DRAWS, seed=seed
+        )
+        values["shuffled_curve"] = [dataclasses.asdict(p) for p in chances]
     if heads:
         tables.append(_heads(rc, runtime, probes, thoughts, heads, causal, condition, values))
     report = Report(
@@ -143,6 +153,9 @@ def run(
         write_atomic(out, to_json(report))
     if traces is not None:
         write_atomic(traces, "".join(dumps_row(_row(t)) + "\n" for t in found))
+    if page is not None:
+        write_atomic(page, _page(report, found, thoughts, cliffs))
+        warn(f"Page written to {page}.")
     if select is not None:
         from demur.train.cliff_selection import select as pick
         from demur.train.cliff_selection import write_rows
@@ -183,6 +196,36 @@ def _heads(
     return Table(
         f"heads, {len(shown)} of {len(table)}", columns, tuple(rows), note="below 0: against refusal"
     )
+
+
+def _page(report: Report, found: Any, thoughts: Any, cliffs: Any) -> str:
+    from demur.flows.settings import public_name
+    from demur.report.cliffpage import Traced, to_html
+
+    name = public_name(report.provenance["model"])
+    shown = dataclasses.replace(
+        report,
+        title=f"Refusal cliff of {name}",
+        provenance={
+            **report.provenance,
+            "model": name,
+            "fingerprint": (report.provenance["fingerprint"] or "unknown")[:12],
+        },
+    )
+    traced = [
+        Traced(
+            id=t.id,
+            prompt=of.prompt.text,
+            thinking=of.thinking,
+            tokens=t.tokens,
+            spans=t.spans,
+            scores=t.scores.tolist(),
+            plateau=c.plateau,
+            final=c.final,
+        )
+        for t, of, c in zip(found, thoughts, cliffs, strict=True)
+    ]
+    return to_html(shown, traced)
 
 
 def _row(t: Any) -> dict[str, Any]:
