@@ -29,10 +29,11 @@ from demur.errors import DemurError, InputError
 from demur.explain.artefact import described, read_artefact, write_artefact
 from demur.explain.harmfulness import Beliefs
 from demur.explain.probe import Cut
-from demur.runtime.base import Decide, Progress, Runtime, States
+from demur.runtime.base import Decide, Progress, Runtime
 from demur.runtime.batching import windows
+from demur.runtime.wrapped import WrappedRuntime
 from demur.stats.controls import labels
-from demur.types import Condition, Prompt, Reply, Score, Site
+from demur.types import Condition, Prompt, Reply
 
 WHAT = "latent guard"
 WINDOW = 64
@@ -158,19 +159,13 @@ class LatentGuard:
             )
 
 
-class _Guarded(Runtime):
-    """The runtime behind a guard; scores and states are the inner runtime's own."""
+class _Guarded(WrappedRuntime):
+    """The runtime behind a guard; scores are the model's own, whether or not the guard would stop the prompt."""
 
     def __init__(self, inner: Runtime, guard: LatentGuard) -> None:
-        self.inner, self.guard = inner, guard
-        self.name = f"{inner.name}+latent-guard-{guard.id}"
-        self.fingerprint, self.dtype = inner.fingerprint, inner.dtype
-        self.control, self.capabilities = inner.control, inner.capabilities - {"intervene"}
-        self.deterministic, self.shipped_point = inner.deterministic, inner.shipped_point
-
-    def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
-        """As the inner runtime says."""
-        return self.inner.problem(prompt, condition)
+        super().__init__(inner, name=f"{inner.name}+latent-guard-{guard.id}")
+        self.guard = guard
+        self.capabilities = inner.capabilities - {"intervene"}
 
     def generate(
         self,
@@ -221,20 +216,3 @@ class _Guarded(Runtime):
                 raw = f"latent-guard: harmful {belief.harmful:.4f} >= {self.guard.at:.4f}"
                 out[k] = Reply(prompt_id=belief.id, finish_reason="content_filter", finish_reason_raw=raw)
         return out
-
-    def score(
-        self,
-        prompts: Iterable[Prompt],
-        condition: Condition | None = None,
-        *,
-        T: float = 1.0,
-        progress: Progress | None = None,
-    ) -> Iterator[Score]:
-        """Probabilities of the model itself, whether or not the guard would stop the prompt."""
-        return self.inner.score(prompts, condition, T=T, progress=progress)
-
-    def states(
-        self, prompts: Iterable[Prompt], sites: Sequence[Site], condition: Condition | None = None
-    ) -> Iterator[States]:
-        """The inner runtime's states."""
-        return self.inner.states(prompts, sites, condition)

@@ -17,8 +17,9 @@ import numpy as np
 
 from demur.calibrate.decide import cuts, decide, is_steered
 from demur.errors import InputError, MismatchError, RefusalLowering
-from demur.runtime.base import Decide, Progress, Runtime, States
-from demur.types import RESPOND, Condition, OperatingPoint, Prompt, Reply, Score, Site, Threshold
+from demur.runtime.base import Decide, Progress, Runtime
+from demur.runtime.wrapped import WrappedRuntime
+from demur.types import RESPOND, Condition, OperatingPoint, Prompt, Reply, Score, Threshold
 
 SAFETY = "safety"
 """The category whose thresholds may not be loosened past the shipped ones without consent."""
@@ -109,18 +110,12 @@ class RefusalTokens:
         yield _Dialled(runtime, self, self.point.id)
 
 
-class _Dialled(Runtime):
-    """The runtime under a decision rule; scores and states are the inner runtime's own."""
+class _Dialled(WrappedRuntime):
+    """The runtime under a decision rule; probabilities and states do not depend on it."""
 
     def __init__(self, inner: Runtime, rule: Decide, point_id: str) -> None:
-        self.inner, self.rule, self.point_id = inner, rule, point_id
-        self.name, self.fingerprint, self.dtype = inner.name, inner.fingerprint, inner.dtype
-        self.control, self.capabilities = inner.control, inner.capabilities
-        self.deterministic, self.shipped_point = inner.deterministic, inner.shipped_point
-
-    def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
-        """As the inner runtime says."""
-        return self.inner.problem(prompt, condition)
+        super().__init__(inner)
+        self.rule, self.point_id = rule, point_id
 
     def generate(
         self,
@@ -136,23 +131,6 @@ class _Dialled(Runtime):
             raise InputError("this runtime already decides by an operating point; pass one rule or the other")
         condition = replace(condition or Condition(), operating_point=self.point_id)
         return self.inner.generate(prompts, condition, samples=samples, decide=self.rule, progress=progress)
-
-    def score(
-        self,
-        prompts: Iterable[Prompt],
-        condition: Condition | None = None,
-        *,
-        T: float = 1.0,
-        progress: Progress | None = None,
-    ) -> Iterator[Score]:
-        """Probabilities do not depend on the operating point."""
-        return self.inner.score(prompts, condition, T=T, progress=progress)
-
-    def states(
-        self, prompts: Iterable[Prompt], sites: Sequence[Site], condition: Condition | None = None
-    ) -> Iterator[States]:
-        """The inner runtime's states."""
-        return self.inner.states(prompts, sites, condition)
 
 
 def check_point(point: OperatingPoint, runtime: Runtime, T: float | None = None) -> None:

@@ -20,6 +20,7 @@ from demur.files import dumps_row, from_row, iter_jsonl, to_row, write_atomic
 from demur.judges.base import preread
 from demur.runtime.base import Decide, Progress, Runtime
 from demur.runtime.shapes import split_thinking
+from demur.runtime.wrapped import WrappedRuntime
 from demur.types import Condition, Label, Prompt, Reply, Verdict
 
 FAILED_TEXT = "FAIL TO QUERY"
@@ -138,7 +139,7 @@ def first_word(text: str, options: Sequence[str]) -> str | None:
     return words[0] if words and words[0] in options and len(set(named)) == 1 else None
 
 
-class Remembered(Runtime):
+class Remembered(WrappedRuntime):
     """A runtime whose replies are kept in a JSONL file as they come, and not asked for again.
 
     The file may serve several models: a reply is found by model, messages, settings and sample. Failed calls
@@ -149,16 +150,10 @@ class Remembered(Runtime):
     """
 
     def __init__(self, inner: Runtime, path: str | Path, *, name: str | None = None) -> None:
-        self.name = name or inner.name
-        self.fingerprint, self.dtype, self.control = inner.fingerprint, inner.dtype, inner.control
+        super().__init__(inner, name=name)
         self.capabilities = inner.capabilities & {"generate"}
-        self.deterministic = inner.deterministic
-        self._inner, self._path = inner, Path(path)
+        self._path = Path(path)
         self._kept: dict[str, dict[str, Any]] | None = None
-
-    def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
-        """As the runtime behind it says."""
-        return self._inner.problem(prompt, condition)
 
     def generate(
         self,
@@ -180,7 +175,7 @@ class Remembered(Runtime):
         failed: dict[Key, Reply] = {}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as f:
-            for reply in self._inner.generate(missing, condition, samples=samples, progress=progress):
+            for reply in self.inner.generate(missing, condition, samples=samples, progress=progress):
                 key = (reply.prompt_id, reply.sample)
                 if reply.error is not None or reply.finish_reason == "error":
                     failed[key] = reply
@@ -200,7 +195,7 @@ class Remembered(Runtime):
     def _key(self, prompt: Prompt, condition: Condition, sample: int) -> str:
         settings = {k: v for k, v in to_row(condition).items() if k != "name"}
         messages = [[m.role, m.content] for m in prompt.messages]
-        what = [self.fingerprint or self._inner.name, messages, settings, sample]
+        what = [self.fingerprint or self.inner.name, messages, settings, sample]
         text = json.dumps(what, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
