@@ -7,7 +7,6 @@ import pytest
 from demur.errors import InputError, MismatchError
 from demur.files import load_operating_point
 from demur.flows.card import card, card_from_replies, report
-from demur.flows.collect import stratified
 from demur.runtime.scripted import ScriptedRuntime
 from demur.stats import rate
 from demur.types import Condition, Label, OperatingPoint, Prompt, PromptSet, Reply, Score, Threshold
@@ -409,17 +408,6 @@ def test_remote_errors_are_rows_and_are_asked_again(tmp_path: Path) -> None:
     assert kn(second["headline"]["rows"]["all"]["refuse"]) == (4, 4)
     ids = [json.loads(line)["prompt_id"] for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert ids == [p.id for p in prompts]
-
-
-def test_the_sample_is_balanced_and_stable() -> None:
-    prompts = prompt_set(20, general=40)
-    some = stratified(prompts, 55, seed=1)
-    cells = [(p.category, p.should_refuse) for p in some]
-    assert {cells.count(c) for c in set(cells)} == {5}
-    assert stratified(prompts, 55, seed=1) == some
-    assert stratified(prompts, 55, seed=2) != some
-    assert [p.id for p in some] == [p.id for p in prompts if p in some]
-    assert len(stratified(prompts, 7)) == 7
 
 
 def test_the_page_shows_the_numbers_of_the_json(tmp_path: Path) -> None:

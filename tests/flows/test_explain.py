@@ -115,6 +115,9 @@ def test_the_fit_is_kept_and_belongs_to_its_model(tmp_path: Path) -> None:
         Fit.load(path, "another")
     with pytest.raises(MismatchError):
         explain(Planted(declines=False), "hi", fit=first)
+    one.name += "+steered"  # the same fingerprint, and other states
+    fit_model(one, sizes=SIZES, cache=tmp_path)
+    assert one.read == 2 * sum(SIZES.values()) and len([*tmp_path.iterdir()]) == 2
 
 
 def test_too_few_refusals_leave_that_belief_out(tmp_path: Path) -> None:

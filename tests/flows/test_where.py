@@ -13,7 +13,7 @@ from demur import prompts
 from demur.flows import card as flow
 from demur.flows import explain_fit, where
 from demur.flows.card import card
-from demur.flows.collect import Stage, stratified
+from demur.flows.collect import Stage
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import Condition, PromptSet
 from tests.flows.planted import SIZES, Planted
@@ -44,7 +44,7 @@ def sections(out: Path) -> dict[str, Any]:
 
 
 def made(out: Path, **options: Any) -> dict[str, Any]:
-    asked = PromptSet("core/test", stratified(prompts.core("test"), 60))
+    asked = PromptSet("core/test", prompts.stratified(prompts.core("test"), 60))
     options = {"baseline": Planted(declines=False), "texts": 2, "budget": None, **options}
     card(Planted(), asked, out, progress=False, condition=Condition(max_new_tokens=2), **options)
     found: dict[str, Any] = json.loads((out / "card.json").read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def test_where_it_lives(out: Path) -> None:
     assert max(map(abs, values["cosines"])) < 0.5  # planted on two axes
     table = {row[0]: row[1:] for row in section["tables"][1]["rows"]}
     # what is to refuse and not harmful is believed harmless, and refused; all else agrees (up to planted noise)
-    asked = stratified(prompts.core("test"), 60)
+    asked = prompts.stratified(prompts.core("test"), 60)
     harmful = sum(map(explain_fit.is_harmful, asked))
     other = sum(bool(p.should_refuse) for p in asked) - harmful
     expected = {"harmful, will refuse": harmful, "harmless, will refuse": other, "harmless, will answer": 60}

@@ -3,7 +3,8 @@ import pytest
 from demur.errors import InputError
 from demur.judges.base import PREREAD
 from demur.measure import Record, Refusal
-from demur.measure.refusal import by_category, corrected, count, declined, judge_error, row_of
+from demur.measure.refusal import by_category, corrected, count, declined, judge_error
+from demur.prompts import row_of
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import Label, Prompt, PromptSet, Reply, Verdict
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from demur.errors import InputError
-from demur.prompts import split
-from demur.types import Prompt, PromptSet
+from demur.prompts import split, stratified
+from demur.types import Prompt, PromptSet, expand_expected
 
 SHARES = {"fit": 0.5, "calibrate": 0.3, "test": 0.2}
 
@@ -66,3 +67,15 @@ def test_an_empty_part_is_an_error_unless_asked_for() -> None:
     with pytest.raises(InputError, match="came out empty"):
         split(make(3), {"a": 0.999, "b": 0.001})
     assert len(split(make(3), {"a": 1.0, "b": 0.0})["b"]) == 0
+
+
+def test_a_sample_takes_turns_between_the_kinds_and_is_stable() -> None:
+    rows = [Prompt.of("x", id=f"a{i}", category="a", expected=expand_expected("refuse")) for i in range(20)]
+    rows += [Prompt.of("x", id=f"b{i}", category="b", expected=expand_expected("refuse")) for i in range(3)]
+    rows += [Prompt.of("x", id=f"c{i}", category="a", expected=expand_expected("comply")) for i in range(20)]
+    prompts = PromptSet("s", tuple(rows))
+    some = stratified(prompts, 13)
+    assert Counter(p.id[0] for p in some) == {"a": 5, "b": 3, "c": 5}
+    assert some == stratified(prompts, 13) != stratified(prompts, 13, seed=1)
+    assert [p.id for p in some] == [p.id for p in rows if p in some]
+    assert len(stratified(prompts, 4)) == 4 and stratified(prompts, 99) == prompts.prompts

@@ -20,12 +20,13 @@ from demur.control.refusal_tokens import RefusalTokens, check_point
 from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.asking import askable
-from demur.flows.collect import Given, Stage, collect, judged, sources, stratified
+from demur.flows.collect import Given, Stage, collect, judged, sources
 from demur.flows.runs import WINDOW, RunFolder
 from demur.flows.sections import affordable
 from demur.flows.settings import base_config, model_config, public_name, set_config
 from demur.flows.where import states_stages
 from demur.flows.write import CardResult, report, write_card
+from demur.prompts import stratified
 from demur.report.importers import load_answers
 from demur.runtime.base import Decide, Runtime
 from demur.types import Condition, OperatingPoint, Prompt, PromptSet

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from demur.files import from_row
 from demur.flows.runs import RunFolder, StoredReply
-from demur.measure.refusal import Record, categories, row_of
+from demur.measure.refusal import Record, categories
+from demur.prompts import row_of
 from demur.types import RESPOND, OperatingPoint, Prompt, PromptSet, Score, Verdict
 
 FloatArray = npt.NDArray[np.float64]

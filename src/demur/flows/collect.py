@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.runs import RunFolder, stored_row
 from demur.flows.settings import public_name
 from demur.judges.base import Judge, judge_all
-from demur.measure.refusal import row_of
 from demur.runtime.base import Decide, Progress, Runtime
 from demur.types import Condition, Prompt, PromptSet, Reply, Verdict
 
@@ -51,35 +49,6 @@ class Stage:
             return STATES_SECONDS * self.passes
         each = SCORE_SECONDS if self.kind == "scores" else TEXT_SECONDS * self.samples
         return each * len(self.prompts)
-
-
-def stratified(prompts: PromptSet, n: int, seed: int = 0) -> tuple[Prompt, ...]:
-    """At most `n` prompts, equally many of each (row, expected or not), in set order.
-
-    Which ones depends on the seed and the ids alone, so that adding a prompt hardly changes the sample.
-
-    >>> ps = PromptSet("s", tuple(Prompt.of("x", id=str(i), category="ab"[i % 2]) for i in range(10)))
-    >>> [p.category for p in stratified(ps, 4)].count("a")
-    2
-    """
-    if n >= len(prompts):
-        return prompts.prompts
-
-    def rank(p: Prompt) -> str:
-        return hashlib.sha256(f"{seed}:{p.id}".encode("utf-8", "surrogatepass")).hexdigest()
-
-    def stratum(p: Prompt) -> tuple[str, str]:
-        return (row_of(p), str(p.should_refuse))
-
-    strata = [sorted(some, key=rank) for _, some in groupby(sorted(prompts, key=stratum), key=stratum)]
-    chosen: list[str] = []
-    depth = 0
-    while len(chosen) < n:
-        layer = [some[depth].id for some in strata if depth < len(some)]
-        chosen += layer[: n - len(chosen)]
-        depth += 1
-    keep = set(chosen)
-    return tuple(p for p in prompts if p.id in keep)
 
 
 def collect(

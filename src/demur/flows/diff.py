@@ -20,7 +20,8 @@ from demur.flows.readrun import Run, read_run
 from demur.flows.runs import differing
 from demur.flows.section_texts import PLAIN_REFUSALS, SHOWABLE_REFUSALS
 from demur.measure.paired import Matched, Paired, compare_pairs, judge_of, match, readable
-from demur.measure.refusal import GENERAL, Record, declined, judge_error, row_of
+from demur.measure.refusal import Record, declined, judge_error
+from demur.prompts import GENERAL, row_of
 from demur.report.diffpage import Answer, DiffView, Flip, FlipGroup, to_html
 from demur.report.render import percent, plain
 from demur.types import SCHEMA_VERSION, Label, Prompt, PromptSet, Report, Table

@@ -24,8 +24,7 @@ from demur.files import write_atomic
 from demur.flows.explain_fit import ANSWER_TOKENS, fit_model
 from demur.flows.explained import Fit
 from demur.flows.settings import public_name
-from demur.measure.refusal import row_of
-from demur.prompts import core
+from demur.prompts import core, row_of
 from demur.report.render import plain
 from demur.runtime.base import Progress, Runtime
 from demur.types import SCHEMA_VERSION, Condition, Prompt, Score

@@ -19,9 +19,8 @@ import numpy.typing as npt
 from demur.cachedir import cache_dir
 from demur.explain import collect, grid
 from demur.explain.harmfulness import AXES, Axis, Beliefs, by_behaviour, fitting, leaning
-from demur.flows.collect import stratified
 from demur.flows.explained import Fit, FloatArray, Worth
-from demur.prompts import core
+from demur.prompts import core, stratified
 from demur.runtime.base import Progress, Runtime
 from demur.stats import auroc, auroc_interval, bootstrap_interval, controls
 from demur.types import Condition, Prompt, PromptSet
@@ -108,6 +107,7 @@ def _key(
     point = runtime.shipped_point
     what = [
         FORM,
+        runtime.name,  # a steered view keeps the fingerprint of its model
         runtime.fingerprint,
         runtime.dtype,
         {name: PromptSet(name, tuple(rows)).hash for name, rows in parts.items()},

@@ -16,7 +16,8 @@ from demur.flows.readrun import Run
 from demur.flows.settings import versions
 from demur.measure.gate import share_bounds
 from demur.measure.paired import cluster_of
-from demur.measure.refusal import Record, by_text, declined, judge_error, row_of
+from demur.measure.refusal import Record, by_text, declined, judge_error
+from demur.prompts import row_of
 from demur.report.exports import Exported, Item
 from demur.report.exports.inspect_log import to_inspect
 from demur.report.exports.lm_eval import to_lm_eval

@@ -16,7 +16,8 @@ from demur.errors import InputError
 from demur.flows.section_texts import judge_note
 from demur.flows.suites import twins
 from demur.judges import material_warning
-from demur.measure.refusal import GENERAL, JudgeError, corrected, declined, judge_error, row_of
+from demur.measure.refusal import JudgeError, corrected, declined, judge_error
+from demur.prompts import GENERAL, row_of
 from demur.report.render import percent
 from demur.stats import rate, share_interval
 from demur.types import UNREADABLE, Label, Prompt, Rate, Report, Table

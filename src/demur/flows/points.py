@@ -11,7 +11,8 @@ import numpy as np
 
 from demur.errors import InputError, UnsupportedClaim
 from demur.flows.carddata import CardData, refused, table
-from demur.measure.refusal import by_category, count, row_of
+from demur.measure.refusal import by_category, count
+from demur.prompts import row_of
 from demur.report.render import percent
 from demur.types import OperatingPoint, Table
 

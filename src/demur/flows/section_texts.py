@@ -10,7 +10,8 @@ from typing import Any
 
 from demur.flows.carddata import CardData, refused
 from demur.judges import material_warning, token_text_agreement
-from demur.measure.refusal import Record, by_category, by_text, count, declined, judge_error, row_of
+from demur.measure.refusal import Record, by_category, by_text, count, declined, judge_error
+from demur.prompts import row_of
 from demur.report.render import cell, percent
 from demur.report.view import Example, Section
 from demur.types import Label, Rate, Table, Verdict

@@ -8,7 +8,7 @@ from typing import Any
 from demur.flows.carddata import CardData
 from demur.flows.explain_page import TITLES, cautions, worth_table
 from demur.flows.explained import Worth
-from demur.measure.refusal import row_of
+from demur.prompts import row_of
 from demur.report.layerplots import layer_lines, layer_map
 from demur.report.view import Figure, Section
 from demur.types import Prompt, Table

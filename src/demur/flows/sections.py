@@ -22,7 +22,8 @@ from demur.flows.section_texts import (
     text_section,
 )
 from demur.flows.section_where import changed_section, where_section
-from demur.measure.refusal import GENERAL, by_text
+from demur.measure.refusal import by_text
+from demur.prompts import GENERAL
 from demur.report.render import percent
 from demur.report.view import CardView, Headline, Section
 from demur.types import Rate

@@ -19,7 +19,6 @@ import yaml
 from demur import prompts as sets
 from demur.errors import DataUnavailable, InputError
 from demur.files import load_prompts, read_text
-from demur.flows.collect import stratified
 from demur.types import Prompt, PromptSet
 
 PUBLIC: Mapping[str, Callable[[], PromptSet]] = {
@@ -188,8 +187,8 @@ def limited(prompts: PromptSet, n: int, seed: int = 0) -> PromptSet:
     inside = {p.id for pair in pairs for p in pair}
     k = round(n * len(inside) / len(prompts)) // 2
     few = PromptSet("pairs", tuple(a for a, _ in pairs))
-    keep = {p.id for p in stratified(few, k, seed)}
+    keep = {p.id for p in sets.stratified(few, k, seed)}
     keep |= {b.id for a, b in pairs if a.id in keep}
     rest = PromptSet("rest", tuple(p for p in prompts if p.id not in inside))
-    keep |= {p.id for p in stratified(rest, n - len(keep), seed)}
+    keep |= {p.id for p in sets.stratified(rest, n - len(keep), seed)}
     return PromptSet(prompts.name, tuple(p for p in prompts if p.id in keep))

@@ -31,7 +31,8 @@ from scipy import special
 
 from demur.errors import InputError
 from demur.measure.paired import Matched, Paired, cluster_of, compare, match, score_interval
-from demur.measure.refusal import Record, declined, row_of
+from demur.measure.refusal import Record, declined
+from demur.prompts import row_of
 from demur.report.render import percent
 
 ALPHA = 0.05

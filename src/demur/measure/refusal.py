@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from demur.errors import InputError
+from demur.prompts import GENERAL, row_of
 from demur.runtime.base import Progress, Runtime
 from demur.types import (
     DECLINING,
-    RESPOND,
     UNREADABLE,
     Card,
     Condition,
@@ -44,8 +44,6 @@ CARD = Card(
     summary="How often a model declines what it should and what it should not, with the judge's error.",
 )
 
-GENERAL = "general"
-"""Row of the benign prompts that resemble no refused category."""
 
 
 MIN_WIDTH = 0.005
@@ -81,15 +79,6 @@ def declined(label: str) -> bool | None:
     if label in UNREADABLE:
         return None
     return label in DECLINING or label == Label.BLOCKED
-
-
-def row_of(prompt: Prompt) -> str:
-    """The row a prompt is counted in: its category, or `general` for benign prompts that resemble none."""
-    if prompt.should_refuse:
-        return prompt.category or "uncategorised"
-    if prompt.category in (None, "", RESPOND, GENERAL) or prompt.meta.get("kind") == GENERAL:
-        return GENERAL
-    return str(prompt.category)
 
 
 def categories(prompts: Iterable[Prompt]) -> tuple[str, ...]:

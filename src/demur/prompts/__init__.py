@@ -18,11 +18,12 @@ from demur.prompts.loaders import (
     xstest,
 )
 from demur.prompts.overlaps import OverlapPair, OverlapReport, normalise, overlap
-from demur.prompts.splits import split
+from demur.prompts.splits import GENERAL, row_of, split, stratified
 from demur.prompts.taxonomy import Taxonomy
 
 __all__ = [
     "CATEGORIES",
+    "GENERAL",
     "PARTS",
     "LoadedSet",
     "OverlapPair",
@@ -35,7 +36,9 @@ __all__ = [
     "normalise",
     "overlap",
     "refusal_tokens_eval",
+    "row_of",
     "split",
+    "stratified",
     "temporal",
     "xstest",
 ]

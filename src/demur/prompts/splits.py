@@ -1,13 +1,17 @@
-"""Splits that never move a prompt: the part is a function of the seed and of the prompt's group or id."""
+"""Splits and samples that never move a prompt: its place is a function of the seed and of its group or id."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping
+from itertools import groupby
 
 from demur.errors import InputError
-from demur.types import Prompt, PromptSet
+from demur.types import RESPOND, Prompt, PromptSet
+
+GENERAL = "general"
+"""Row of benign prompts that resemble no category."""
 
 
 def split(prompts: PromptSet, shares: Mapping[str, float], seed: int = 0) -> dict[str, PromptSet]:
@@ -66,3 +70,41 @@ def _part(u: float, shares: Mapping[str, float]) -> str:
             if u < total:
                 return name
     return last  # rounding of the sum
+
+
+def row_of(prompt: Prompt) -> str:
+    """The row a prompt is counted in: its category, or `general` for benign prompts that resemble none."""
+    if prompt.should_refuse:
+        return prompt.category or "uncategorised"
+    if prompt.category in (None, "", RESPOND, GENERAL) or prompt.meta.get("kind") == GENERAL:
+        return GENERAL
+    return str(prompt.category)
+
+
+def stratified(prompts: PromptSet, n: int, seed: int = 0) -> tuple[Prompt, ...]:
+    """At most `n` prompts, equally many of each (row, expected or not), in set order.
+
+    Which ones depends on the seed and the ids alone, so that adding a prompt hardly changes the sample.
+
+    >>> ps = PromptSet("s", tuple(Prompt.of("x", id=str(i), category="ab"[i % 2]) for i in range(10)))
+    >>> [p.category for p in stratified(ps, 4)].count("a")
+    2
+    """
+    if n >= len(prompts):
+        return prompts.prompts
+
+    def rank(p: Prompt) -> str:
+        return hashlib.sha256(f"{seed}:{p.id}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    def stratum(p: Prompt) -> tuple[str, str]:
+        return (row_of(p), str(p.should_refuse))
+
+    strata = [sorted(some, key=rank) for _, some in groupby(sorted(prompts, key=stratum), key=stratum)]
+    chosen: list[str] = []
+    depth = 0
+    while len(chosen) < n:
+        layer = [some[depth].id for some in strata if depth < len(some)]
+        chosen += layer[: n - len(chosen)]
+        depth += 1
+    keep = set(chosen)
+    return tuple(p for p in prompts if p.id in keep)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import progress, say, warn, write_rows
+from demur.cli.screen import progress, warn, write_report, write_rows
 from demur.errors import InputError
-from demur.files import prompt_row, write_atomic
+from demur.files import prompt_row
 from demur.types import Prompt, PromptSet, Reply, Report
 
 if TYPE_CHECKING:
@@ -83,25 +82,24 @@ def run(
         )
     else:
         report = _scored(prompts, n, model, rewriter, seed)
-    _write(report, as_json, out)
+    write_report(report, as_json, out)
     return None
 
 
 def _tenses(prompts: PromptSet, n: int, rewriter: str | None, attempts: int, seed: int) -> TenseSet:
     """At most n prompts in all tenses; says how many were left out and why."""
-    from demur.stress.past_tense import ModelRewriter, PastTense, stratified
-    from demur.stress.past_tense.sets import TenseSet, reasons
+    from demur.prompts import stratified
+    from demur.stress.past_tense import ModelRewriter, PastTense, drawn
+    from demur.stress.past_tense.sets import reasons
+    from demur.types import PromptSet
 
     if rewriter is None:
-        every = PastTense().apply(prompts)
-        able = PromptSet(prompts.name, tuple(p for p in prompts if p.id not in every.left))
-        chosen = {p.id for p in stratified(able, n, seed)}
-        made = TenseSet(every.name, tuple(p for p in every if p.group in chosen), every.left)
+        made = drawn(PastTense().apply(prompts), prompts, n, seed)
     else:
         writer = ModelRewriter(o.load_model(rewriter), seed=seed)
         with progress("rewording", "") as bar:
             made = PastTense(rewriter=writer, attempts=attempts).apply(
-                stratified(prompts, n, seed), progress=bar
+                PromptSet(prompts.name, stratified(prompts, n, seed)), progress=bar
             )
     if made.left:
         why = "; ".join(f"{count} {reason}" for reason, count in reasons(made.left)[:5])
@@ -179,13 +177,3 @@ def _judged(
     return gap_report(
         {id: [Record(p, r, v) for (p, r), v in zip(pairs, vs, strict=True)] for id, vs in said.items()}
     )
-
-
-def _write(report: Report, as_json: bool, out: str) -> None:
-    from demur.report.render import to_json, to_text
-
-    text = to_json(report) if as_json else to_text(report) + "\n"
-    if out == "-":
-        say(text.rstrip("\n"))
-    else:
-        write_atomic(Path(out), text)

@@ -11,7 +11,7 @@ from demur.stress.past_tense.model import ModelRewriter
 from demur.stress.past_tense.report import gap_report, success_at
 from demur.stress.past_tense.rules import Left, Reworded, reword
 from demur.stress.past_tense.scores import delta_report, drawn, tense_delta
-from demur.stress.past_tense.sets import PastTense, TenseSet, augment, stratified
+from demur.stress.past_tense.sets import PastTense, TenseSet, augment
 from demur.types import Card
 
 CARD = Card(
@@ -51,7 +51,6 @@ __all__ = [
     "drawn",
     "gap_report",
     "reword",
-    "stratified",
     "success_at",
     "tense_delta",
     "word_edits",

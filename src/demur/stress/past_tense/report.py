@@ -9,7 +9,8 @@ from typing import Any
 from demur import judges, stats
 from demur.errors import InputError
 from demur.measure.paired import Paired, compare
-from demur.measure.refusal import GENERAL, Record, row_of
+from demur.measure.refusal import Record
+from demur.prompts import GENERAL, row_of
 from demur.stress.past_tense.grammar import TENSES
 from demur.types import Rate, Report, Table
 

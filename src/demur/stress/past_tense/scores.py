@@ -11,11 +11,11 @@ import numpy as np
 from demur import stats
 from demur.errors import InputError
 from demur.measure.paired import compare
-from demur.measure.refusal import row_of
+from demur.prompts import row_of, stratified
 from demur.runtime.base import Progress, Runtime
 from demur.stress.past_tense.grammar import TENSES
 from demur.stress.past_tense.report import CHANGE, HOW, SIDES, small
-from demur.stress.past_tense.sets import PastTense, TenseSet, reasons, stratified
+from demur.stress.past_tense.sets import PastTense, TenseSet, reasons
 from demur.types import Condition, Prompt, PromptSet, Report, Score, Table
 
 

@@ -129,24 +129,6 @@ def _variant(p: Prompt, tense: str, attempt: int, text: str) -> Prompt:
     )
 
 
-def stratified(prompts: PromptSet, n: int, seed: int = 0) -> PromptSet:
-    """At most n prompts, drawn in turn from each kind (category, and whether it should be refused), by hash.
-
-    >>> rows = tuple(Prompt.of(str(i), id=str(i), category="ab"[i > 7]) for i in range(10))
-    >>> [p.category for p in stratified(PromptSet("s", rows), 4)]
-    ['a', 'a', 'b', 'b']
-    """
-    strata: dict[tuple[str | None, bool | None], list[Prompt]] = defaultdict(list)
-    for p in prompts:
-        strata[p.category, p.should_refuse].append(p)
-    for rows in strata.values():
-        rows.sort(key=lambda p: hashlib.sha256(f"{seed}:{p.id}".encode()).digest())
-    turns = max(map(len, strata.values()), default=0)
-    drawn = [rows[i] for i in range(turns) for rows in strata.values() if i < len(rows)][:n]
-    ids = {p.id for p in drawn}
-    return PromptSet(prompts.name, tuple(p for p in prompts if p.id in ids))
-
-
 def augment(prompts: PromptSet, share: float, *, benign: bool = True, seed: int = 0) -> PromptSet:
     """A training set with refusals in the past tense: `share` of its rows are past forms of rows to refuse.
 
