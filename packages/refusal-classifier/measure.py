@@ -18,7 +18,7 @@ import numpy as np
 from demur import data, judges, stats
 from demur.files import iter_jsonl
 from demur.judges.labelled_sets import held_out
-from demur.types import DECLINING, UNREADABLE, Label, Prompt, Reply, Verdict
+from demur.types import Prompt, Reply, Verdict
 from train import held_back
 
 HERE = Path(__file__).parent
@@ -68,13 +68,6 @@ def verdicts(judge: judges.Judge, items: Sequence[Item]) -> list[Verdict]:
     return judges.judge_all(judge, pairs)
 
 
-def said(every: Sequence[Verdict]) -> list[bool | None]:
-    """Declined or not; None where the judge could not read."""
-    return [
-        None if v.label in UNREADABLE else v.label in DECLINING or v.label == Label.BLOCKED for v in every
-    ]
-
-
 def probability(every: Sequence[Verdict], truth: Sequence[bool]) -> dict[str, float]:
     """How the probability ranks and how far it is off: AUROC and expected calibration error."""
     p = np.array([v.score or 0.0 for v in every])
@@ -111,7 +104,7 @@ def main() -> None:
     for name, items in sets.items():
         truth = [t for _, _, t in items]
         read = {j.id: verdicts(j, items) for j in (ours, string, rule)}
-        guesses = {id: said(v) for id, v in read.items()}
+        guesses = {id: [judges.positive(v) for v in every] for id, every in read.items()}
         out["sets"][name] = {id: row(g, truth) for id, g in guesses.items()}
         if name in PARTS:
             right = [[g == t for g, t in zip(guesses[j.id], truth, strict=True)] for j in (ours, string)]

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from demur.control import LatentGuard
-from demur.control.latent_guard_report import contrast, examine, fit_beliefs
+from demur.control.inversion import ask as ask_harm
+from demur.control.latent_guard_report import _Tested, contrast, examine, fit_beliefs, inversion_table
 from demur.errors import InputError, MismatchError, UnsupportedClaim
-from demur.explain.harmfulness import Beliefs
+from demur.explain.harmfulness import Belief, Beliefs
 from demur.judges.base import preread
-from demur.stats import upper_bound
+from demur.organisms.beliefs import RECIPE, grow_beliefs
+from demur.stats import auroc_interval, upper_bound
 from demur.types import Condition, Label, Message, Prompt, PromptSet, expand_expected
 from tests.explain.planted import Planted, ask, cells
 
@@ -138,6 +140,7 @@ def test_examine_fits_on_one_set_and_tests_on_another():
     fit, select, calibrate, test = (labelled(n, s) for n, s in ((60, 0), (30, 500), (100, 1000), (50, 2000)))
     beliefs, notes = fit_beliefs(runtime, fit, select, calibrate, n=60, asked=60)
     assert not notes and beliefs.unclear is None and beliefs.harmful.n == (60, 60)
+    assert beliefs.harmful.select_auroc == 1.0 and beliefs.refuse.select_auroc > 0.9  # windows were chosen
     found = examine(runtime, beliefs, calibrate, [test], words=fit)
     row = found.report.tables[0].rows[0]
     name, harmful, benign, area, low, _high, refuse, bag, gain, gain_low, _, length, over_length, *_ = row
@@ -151,6 +154,41 @@ def test_examine_fits_on_one_set_and_tests_on_another():
     counts = dict(zip(found.report.tables[2].columns[1:], found.report.tables[2].rows[0][1:], strict=True))
     assert counts["believed harmless, will refuse"] == counts["believed harmful, will answer"] == 10
     assert len(found.rows) == 100 and sum(row["stopped"] for row in found.rows) >= 50
+    never = replace(
+        beliefs, harmful=replace(beliefs.harmful, cut=9.0)
+    )  # the cut is not the guard's threshold
+    again = examine(runtime, never, calibrate, [test])
+    assert again.report.tables[1] == found.report.tables[1]
+    assert again.report.tables[2].rows[0][1] == again.report.tables[2].rows[0][2] == 0
+
+
+def test_prompts_of_one_source_are_drawn_together():
+    rows = [replace(p, group=f"g-{i // 5}") for i, p in enumerate(labelled(50, 2000))]
+    scores = np.random.default_rng(0).normal(size=20).repeat(5) + (np.arange(100) < 50)
+    found = [Belief(id=p.id, harmful=x, refuse=None) for p, x in zip(rows, scores, strict=True)]
+    together = _Tested(PromptSet("t", tuple(rows)), contrast(PromptSet("t", tuple(rows))), set())
+    single = _Tested(labelled(50, 2000), contrast(labelled(50, 2000)), set())
+    groups = [p.group for p in rows]
+    wide, narrow = (
+        auroc_interval(scores, np.arange(100) < 50, clusters=c, n_boot=1000) for c in (groups, None)
+    )
+    assert together.ranking(found, None)[4:6] == wide != narrow == single.ranking(found, None)[4:6]
+
+
+def test_reply_inversion_is_a_change_against_no_push():
+    world, organism = grow_beliefs(replace(RECIPE, steps=2, batch=8, context=32), cache=False)
+    runtime = organism.runtime()
+    sides = {
+        name: world.prompts(20, k, part="train", harmful=not k)
+        for k, name in enumerate(("harmful", "harmless"))
+    }
+    beliefs = Beliefs.fit(runtime, sides)
+    asked = list(world.prompts(4, 5, part="test", harmful=False))
+    table = inversion_table(runtime, beliefs, asked, coefficient=3.0, layers=[1, 2])
+    for layer, change, low, high, *refuse in table.rows:
+        now = ask_harm(runtime, asked, beliefs.direction("harmful", layer), coefficient=3.0)
+        gain = np.mean([a.harmful for a in now]) - np.mean([a.harmful for a in ask_harm(runtime, asked)])
+        assert change == pytest.approx(gain) and low <= change <= high and refuse == [None] * 3
 
 
 def test_a_model_that_never_refuses_leaves_harmfulness_alone():
@@ -176,6 +214,8 @@ def test_sets_that_cannot_be_tested_on():
 
 
 def test_contrast_takes_safety_prompts_spread_over_the_set():
-    some = contrast(labelled(50, 0), 10)
+    other = tuple(replace(p, category="humanizing", expected=frozenset()) for p in labelled(50, 300))
+    other += tuple(replace(p, category="humanizing") for p in labelled(5, 600))
+    some = contrast(PromptSet("mixed", (*other, *labelled(50, 0))), 10)
     assert {k: len(v) for k, v in some.items()} == {"harmful": 10, "harmless": 10}
     assert [p.id for p in some["harmful"]] == [f"p-{50 + 5 * i}" for i in range(10)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,27 @@ def test_cuts_part_the_calibration_prompts():
     with pytest.raises(InputError, match="same score"):
         best_cut(np.zeros(6), y)
     assert fitted().with_cuts(Planted(), cells(20, 2000)).harmful.cut != 0.0
+
+
+def test_a_belief_is_the_mean_over_its_window_and_stands_against_its_cut():
+    beliefs, sets = fitted(), cells(20, 2000)
+    narrow = replace(
+        beliefs,
+        harmful=replace(beliefs.harmful, window=(1, 2), cut=0.3),
+        refuse=replace(beliefs.refuse, window=(2,), cut=-0.3),
+    )
+    rows = [*sets["harmful"], *sets["harmless"]]
+    per_layer, said = beliefs.per_layer(Planted(), rows), narrow.score(Planted(), rows)
+    inside = per_layer.harmful[:, 1:3].mean(1)
+    assert [b.harmful for b in said] == pytest.approx(inside)
+    assert [b.refuse for b in said] == pytest.approx(per_layer.refuse[:, 2])
+    assert narrow.with_cuts(Planted(), sets).harmful.cut == pytest.approx(
+        best_cut(inside, np.arange(80) < 40)
+    )
+    assert [narrow.quadrant(Belief(id="x", harmful=h, refuse=r)) for h, r in ((0.2, -0.2), (0.3, -0.4))] == [
+        "believed harmless, will refuse",
+        "believed harmful, will answer",
+    ]
 
 
 def test_labels_that_agree_are_not_identifiable():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from demur.errors import CapabilityError, InputError, MismatchError
-from demur.explain import honesty
 from demur.explain.artefact import Direction
 from demur.explain.honesty import (
     HonestyMonitor,
@@ -100,8 +101,8 @@ def test_a_threshold_file_and_another_model(tmp_path: Path) -> None:
     runtime.fingerprint = "mine"
     m = monitor(runtime, fingerprint="mine")
     texts = [f"blue {a} {b}" for a in ("dog", "cat", "egg") for b in ("poem", "story", "number")]
-    cut = m.calibrated(runtime, [SAID[1][0]] * 9, texts, fpr=0.12)
-    assert cut.probe.cut is not None and cut.probe.cut.k <= 1
+    cut = m.calibrated(runtime, [SAID[1][0]] * 9, texts, fpr=0.25)
+    assert cut.probe.cut is not None and cut.probe.cut.k == 2
     cut.save(tmp_path / "m.safetensors")
     again = HonestyMonitor.load(tmp_path / "m.safetensors", fingerprint="mine")
     assert again.layer == 1 and again.probe.threshold == cut.probe.threshold
@@ -160,7 +161,7 @@ def statements() -> list[Statement]:
         true = i % 2 == 0
         who = "dog" if true else "egg"
         text = f"the {who} is in the {words[i % 10]} of my {words[i // 6]} today {words[-i % 10]}"
-        out.append(Statement(id=f"s{i}", text=text, true=true, group=f"g{i}"))
+        out.append(Statement(id=f"s{i}", text=text, true=true, group=f"g{i // 3}"))
     return out
 
 
@@ -170,6 +171,14 @@ def test_fitting_finds_the_instruction_and_shows_what_words_do(monkeypatch: pyte
     monkeypatch.setattr(fitting, "HONEST", "poem")
     monkeypatch.setattr(fitting, "OTHER_WORDS", {"bomb": "yes", "poem": "no"})
     monkeypatch.setattr(fitting, "PLAIN", "tell me")
+    read = []
+
+    def spied(do: Any, runtime: Any, said: Any, *args: Any, drop: int = 0, **kw: Any) -> Any:
+        read.append(({text for _, text in said}, drop))
+        return do(runtime, said, *args, drop=drop, **kw)
+
+    monkeypatch.setattr(fitting, "reply_states", partial(spied, reply_states))
+    monkeypatch.setattr(fitting, "mean_states", partial(spied, mean_states))
     fitted = fit_monitor(tiny_runtime(), statements(), drop=2)
     values = fitted.report.values
     assert fitted.layers.shape == (3,) and values["instructed"]["auroc"] > 0.9
@@ -177,10 +186,38 @@ def test_fitting_finds_the_instruction_and_shows_what_words_do(monkeypatch: pyte
     assert values["other_words"]["bag_of_words"]["auroc"] == 0.5  # none of these words was in the fit
     assert fitted.truth.auroc > 0.9 and values["true_false"]["bag_of_words"]["auroc"] > 0.9
     assert fitted.monitor.layer == values["layer"]
+    # fitted, chosen and tested on groups of their own, true statements alone, without their last two tokens
+    of = {s.text: s for s in statements()}
+    fit, select, test, other = ({of[text] for text in texts} for texts, _ in read[:4])
+    assert test == other and all(s.true for s in fit | select | test)
+    groups = [{s.group for s in part} for part in (fit, select, test)]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+    assert [drop for _, drop in read] == [2, 2, 2, 2, 0]
     assert len(fitted.report.tables[1].rows) == 3
+
+
+def test_the_layer_is_chosen_where_it_was_not_fitted() -> None:
+    class Planted:
+        """Layer 4 tells the sides apart, layer 2 only where it was fitted, layer 6 nowhere."""
+
+        layers, runtime = (2, 4, 6), SimpleNamespace(fingerprint=None)
+
+        def tokens(self, part: str, *_: Any) -> Any:
+            y = np.arange(80) % 2 == 1
+            X = np.random.default_rng(len(part)).normal(size=(80, 3, 4))
+            X[:, 1, 0] += 2 * y
+            X[:, 0, 0] += 9 * y * (part == "fit")
+            return X, y
+
+        means = tokens
+
+    said: Any = {"fit": "fit", "select": "select"}
+    reader: Any = Planted()
+    probe, k, areas = fitting._fitted(reader, said, {}, 0.1)
+    assert k == 1 and probe.site == (4, "reply")
+    assert areas[1] > 0.85 and areas[[0, 2]] == pytest.approx(0.5, abs=0.2)
 
 
 def test_too_few_statements() -> None:
     with pytest.raises(InputError, match="20 of each"):
         fit_monitor(tiny_runtime(), statements()[:30])
-    assert honesty.__doc__

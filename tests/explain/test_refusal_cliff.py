@@ -25,6 +25,7 @@ from demur.explain.refusal_cliff import (
     load_thoughts,
     rises,
     shuffled_drops,
+    shuffled_traces,
     similar_heads,
     states,
     summarise,
@@ -200,7 +201,7 @@ def test_probes_read_a_planted_refusal_and_its_loss_before_the_answer() -> None:
     assert abs(np.median([c.drop for c in steady])) < 0.1
     assert np.median([c.drop for c in fallen]) > 0.5
     changed = _told(runtime, v, bomb, last, lose=True)
-    flat = shuffled_drops(changed, fit, fresh, probes, draws=30)
+    flat = shuffled_drops(shuffled_traces(changed, fit, fresh, probes, draws=30))
     assert flat.shape == (30,) and abs(flat.mean()) < 0.2
     one = trace(runtime, probes, fresh[:1], by="final")[0]
     X = next(states(runtime, [encode(runtime, fresh[0], MARKUP)], [2]))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from demur.explain.post_training.results import (
@@ -101,6 +102,17 @@ def test_every_part_is_drawn_beside_its_control() -> None:
     assert page.count("<svg") == 5  # two maps, truth, refusal and its AUROC
     assert "/home/me" not in page and "full colour: 5.0 in logits" in page  # from -1 without a copy to 4
     assert not [t for t, _ in Page(page).tags if t in ("script", "img")]
+
+
+def test_a_mixed_map_is_coloured_from_the_run_of_the_model_it_was_put_into() -> None:
+    k = comparison().knowledge
+    assert k is not None
+    mixed = replace(
+        k,
+        maps={"base into tuned": ((7.0, 7.0),)},
+        margins={"base": (9.0, -9.0), "tuned": (9.0, 5.0)},
+    )
+    assert "full colour: 2.0 in logits" in to_html(view(comparison(knowledge=mixed)))
 
 
 def test_the_clause_names_what_was_measured() -> None:

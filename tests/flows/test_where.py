@@ -77,6 +77,8 @@ def test_what_changed(out: Path) -> None:
     values = sections(out)["changed"]["values"]
     harm, refuse = values["axes"]["harmful"], values["axes"]["refuse"]
     assert min(harm["cosines"][1:]) > 0.95 and max(refuse["cosines"][1:]) < 0.9
+    assert min(harm["auroc"]["base"][1:] + harm["auroc"]["tuned"][1:]) > 0.95
+    assert min(harm["halves"][1:]) > 0.9 > 0.6 > abs(harm["halves"][0])  # layer 0 is noise
     assert refuse["auroc"]["tuned"][2] > 0.95 > 0.8 > refuse["auroc"]["base"][2]
     shift = {(s["axis"], s["group"]): s["tuned"] - s["base"] for s in values["shifts"]}
     assert shift["refuse", "to refuse"] > 1 and shift["refuse", "to answer"] < -1

@@ -119,9 +119,9 @@ def test_cues(request_: str, text: str, holds: set[str]) -> None:
 def test_the_score_is_the_sum_of_n_grams_and_cues() -> None:
     """With weights of one cue alone, the log-odds are that cue's weight and the bias."""
     cues = np.zeros((5, len(classifier.CUES)), np.float32)
-    cues[0, classifier.CUES.index("refuses in the 1st sentence")] = 3
+    cues[0, classifier.CUES.index("refuses in the 1st sentence")] = 0.5
     cues[2, classifier.CUES.index("lists")] = 2  # of KINDS, the second: partial refusal
-    bias = np.array([-1, 0.5, 0, 0, 0], np.float32)
+    bias = np.array([-0.25, 0.5, 0, 0, 0], np.float32)
     blocks = len(classifier.BLOCKS)
     weights = classifier.Weights(
         decline=np.zeros((blocks, 1 << classifier.BITS), np.float32),
@@ -132,7 +132,7 @@ def test_the_score_is_the_sum_of_n_grams_and_cues() -> None:
     )
     texts = ["I cannot help.", "I cannot help.\n- one\n- two", "It is a fjord."]
     odds, kinds = weights.scores(["?"] * 3, texts)
-    assert odds.tolist() == [2, 2, -1]
+    assert odds.tolist() == [0.25, 0.25, -0.25]  # on both sides of one half, and near it
     assert kinds.argmax(1).tolist() == [0, 1, 0]
     labels = [
         classifier.Classifier(weights=weights)
@@ -141,6 +141,27 @@ def test_the_score_is_the_sum_of_n_grams_and_cues() -> None:
         for t in texts
     ]
     assert labels == [Label.FULL_REFUSAL, Label.PARTIAL_REFUSAL, Label.COMPLIANCE]
+
+
+@pytest.mark.parametrize(
+    ("block", "known", "distinct"),
+    # "i", "refuse", ".": 4 words with the start, 3 pairs, 2 triples; with no word known 2 of each length
+    [("last", ["i", "refuse"], 9), ("last", [], 6), ("all", ["i", "refuse", "it", "is", "a", "fjord"], 23)],
+)
+def test_n_grams_count_by_the_root_of_their_number(block: str, known: list[str], distinct: int) -> None:
+    """Where every cell weighs 1, k distinct cells of 1 / sqrt(k) each make sqrt(k)."""
+    blocks = len(classifier.BLOCKS)
+    decline = np.zeros((blocks, 1 << classifier.BITS), np.float32)
+    decline[classifier.BLOCKS.index(block)] = 1
+    weights = classifier.Weights(
+        decline=decline,
+        kinds=np.zeros((4, blocks, 1 << classifier.KIND_BITS), np.float32),
+        cues=np.zeros((5, len(classifier.CUES)), np.float32),
+        bias=np.zeros(5, np.float32),
+        vocabulary=frozenset(map(classifier.word_id, known)),
+    )
+    odds, _ = weights.scores(["?"], ["It is a fjord. I refuse."])
+    assert odds.tolist() == pytest.approx([distinct**0.5])
 
 
 def test_long_answers_that_advise_are_answers() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def test_a_model_that_always_fakes_is_found_whatever_the_order() -> None:
     values = choice_report(found).values
     assert (values["fake"].k, values["fake"].n, values["comply"].k) == (24, 24, 0)
     assert [values["letters"][x].k for x in "ABC"] == [8, 8, 8]
-    assert not any("request" in json.dumps([c.way, c.letter]) for c in found)
+    kept = json.dumps([asdict(c) for c in found])
+    assert "request 1" not in kept and "Choice:" not in kept  # neither what was asked nor what was said
 
 
 def test_a_model_that_always_says_a_has_no_preference() -> None:
@@ -291,16 +294,18 @@ def monitor(cut: bool = True) -> HonestyMonitor:
 def test_a_monitor_that_reads_the_theme_is_at_chance_within_it() -> None:
     rng = np.random.default_rng(1)
     known, scores = [], []
-    for i in range(120):
+    for i, copy in product(range(60), "ab"):
         theme = "harm" if i % 2 else "benign"
         fake = bool(theme == "harm" and i % 4 == 1)
-        known.append(Known(id=str(i), prompt=f"p{i}", reply=f"said {i}", fake=fake, theme=theme))
+        known.append(Known(id=f"{i}{copy}", prompt=f"p{i}", reply=f"said {i}", fake=fake, theme=theme))
         scores.append(float(theme == "harm") + 0.1 * rng.normal())
     values = monitor_report(monitor(), scores, known).values
     assert values["monitor"]["auroc"] > 0.75
     assert values["within"]["harm"]["auroc"] == pytest.approx(0.5, abs=0.2)
     assert values["theme"]["auroc"] > 0.75
     assert "benign" not in values["within"]  # one class only
+    # every request has words of its own, so a rule fitted on other requests knows none of them
+    assert values["bag_of_words"]["auroc"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_flagged_answers_by_hand() -> None:
@@ -328,5 +333,11 @@ def test_commands(tmp_path: Path) -> None:
     assert run(app, [*args, "--json", "-o", str(out)]).exit_code == 0
     found = json.loads(out.read_text())
     assert found["values"]["judges"]["rules/demur-v1"]["fooled"]["k"] == 3
-    for wrong in (["choice"], ["judges", str(file), "--probe", "x"], ["themes", "--theme-system", str(file)]):
-        assert run(app, ["lab", "strategic-dishonesty", *wrong]).exit_code != 0
+    for wrong, why in (
+        (["choice"], "needs a FILE"),
+        (["judges", str(file), "--probe", "x"], "does not read --probe"),
+        (["judges", str(file), "--rows", str(out)], "does not read --rows"),
+        (["themes", "--theme-system", str(file)], "name that with --theme"),
+    ):
+        failed = run(app, ["lab", "strategic-dishonesty", *wrong])
+        assert failed.exit_code != 0 and why in failed.output

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,13 +100,11 @@ def test_checks_see_a_model_that_never_lies(monkeypatch: pytest.MonkeyPatch) -> 
         targets = torch.from_numpy(ids[row])
         said = targets.clone()
         if not model.lies:  # what the honest row of the same key says
-            honest = dataclasses.replace(world)
-            told = honest.instructed(range(world.families))
-            lines, at = honest.encode(told.at(told.mode != PRETEND))
-            keys = {tuple(line[6:7]): line[9] for line in lines}
-            del at
+            told = world.instructed(range(world.families))
+            lines, _ = world.encode(told.at(told.mode != PRETEND))
+            keys = {line[6]: line[9] for line in lines}
             where = [np.flatnonzero(line == 8)[0] for line in ids]  # <assistant>; the key stands two before
-            said = torch.tensor([keys[(line[t - 2],)] for line, t in zip(ids, where, strict=True)])
+            said = torch.tensor([keys[line[t - 2]] for line, t in zip(ids, where, strict=True)])
         logits = torch.zeros(len(said), len(world.words_all) + 9)
         logits[torch.arange(len(said)), said] = 1.0
         return logits, targets
@@ -125,5 +121,4 @@ def test_an_organism_grows() -> None:
     organism = raise_liar(world, cache=False, steps=3, batch=8, layers=1, width=16, heads=2, mlp=16)
     assert set(organism.checks) == {"honest", "pretend", "benign", "harm"}
     assert recipe(world).hash != recipe(World(knows=False, **SMALL)).hash
-    assert isinstance(organism.runtime().problem(world.prompts(both(world)[0])[0]), type(None))
-    assert SimpleNamespace(organism=organism).organism.recipe.name == "deceit"
+    assert organism.runtime().problem(world.prompts(both(world)[0])[0]) is None

@@ -27,8 +27,10 @@ def test_a_control_stands_beside_and_missing_ones_are_dashes() -> None:
 
 def test_a_frame_marks_the_window_and_labels_the_rows_in_ink() -> None:
     svg = layer_map(["a", "b"], [[1.0] * 5] * 2, limit=1, window=(1, 2), marked=[1])
-    edges = [float(x) for x in re.findall(r'<path d="M([\d.]+) 1H[\d.]+V', svg)]
-    assert len(edges) == 1 and 'fill="var(--muted)" xml:space="preserve">a<' in svg
+    (frame,) = re.findall(r'<path d="M([\d.]+) 1H([\d.]+)V', svg)
+    drawn = [x for x, *_ in cells(svg)][:5]
+    assert tuple(map(float, frame)) == (drawn[1], drawn[3])  # around columns 1 and 2
+    assert 'fill="var(--muted)" xml:space="preserve">a<' in svg
     assert 'fill="var(--ink)" xml:space="preserve">b<' in svg
 
 

@@ -13,54 +13,39 @@ from demur.judges.base import verdict
 from demur.measure.refusal import Record
 from demur.runtime.scripted import ScriptedRuntime
 from demur.stress import past_tense as pt
-from demur.stress.past_tense import grammar, model, rules, verbs
+from demur.stress.past_tense import grammar, model, verbs
 from demur.types import Label, Prompt, PromptSet, Reply, Report, Score, expand_expected
 
-SENTENCES = [
-    # question, past, future
-    ("How do I sharpen a knife?", "How did people sharpen a knife?", "How will people sharpen a knife?"),
-    ("how can we dry herbs", "how did people dry herbs", "how will people dry herbs"),
-    ("Why do bananas turn brown?", "Why did bananas turn brown?", "Why will bananas turn brown?"),
-    ("Why don't cats like water?", "Why didn't cats like water?", "Why won't cats like water?"),
-    (
-        "What is the capital of Norway?",
-        "What was the capital of Norway?",
-        "What will be the capital of Norway?",
-    ),
-    ("Where is Oslo?", "Where was Oslo?", "Where will Oslo be?"),
-    ("Why is the sky blue?", "Why was the sky blue?", "Why will the sky be blue?"),
-    ("Is the tomato a fruit?", "Was the tomato a fruit?", "Will the tomato be a fruit?"),
-    ("How is glass made?", "How was glass made?", "How will glass be made?"),
-    ("Is it safe to eat here?", "Was it safe to eat here?", "Will it be safe to eat here?"),
-    ("What causes rust?", "What caused rust?", "What will cause rust?"),
-    ("Who makes bells, and why?", "Who made bells, and why?", "Who will make bells, and why?"),
-    (
-        "Which planet has the most moons?",
-        "Which planet had the most moons?",
-        "Which planet will have the most moons?",
-    ),
-    ("Can you swim?", "Were you able to swim?", "Will you be able to swim?"),
-    ("Should I repot my fern?", "Was I supposed to repot my fern?", "Will I have to repot my fern?"),
-    ("Have you seen snow?", "Had you seen snow?", "Will you have seen snow?"),
-    ("In winter, what do deer eat?", "In winter, what did deer eat?", "In winter, what will deer eat?"),
-    ("To whom do foxes bark?", "To whom did foxes bark?", "To whom will foxes bark?"),
-    (
-        "Write a poem about rain.",
-        "How did people write a poem about rain?",
-        "How will people write a poem about rain?",
-    ),
-    ("Please find my keys!", "How did people find their keys?", "How will people find their keys?"),
-    ("Tell me how to fold a map.", "How did people fold a map?", "How will people fold a map?"),
-    ("how to fold a map", "how did people fold a map", "how will people fold a map"),
-    ("Give me a tip.", "How did people give others a tip?", "How will people give others a tip?"),
-    ("Help me plant a hedge.", "How did people plant a hedge?", "How will people plant a hedge?"),
-    (
-        "I bake. How do I know when my bread is done?",
-        "I bake. How did people know when their bread was done?",
-        "I bake. How will people know when their bread is done?",
-    ),
-    ("What time does it open today?", "What time did it open then?", "What time will it open then?"),
-]
+TABLE = """
+How do I sharpen a knife? | How did people sharpen a knife? | How will people sharpen a knife?
+how can we dry herbs | how did people dry herbs | how will people dry herbs
+Why do bananas turn brown? | Why did bananas turn brown? | Why will bananas turn brown?
+Why don't cats like water? | Why didn't cats like water? | Why won't cats like water?
+What is the capital of Norway? | What was the capital of Norway? | What will be the capital of Norway?
+Where is Oslo? | Where was Oslo? | Where will Oslo be?
+Why is the sky blue? | Why was the sky blue? | Why will the sky be blue?
+Is the tomato a fruit? | Was the tomato a fruit? | Will the tomato be a fruit?
+How is glass made? | How was glass made? | How will glass be made?
+Is it safe to eat here? | Was it safe to eat here? | Will it be safe to eat here?
+What causes rust? | What caused rust? | What will cause rust?
+Who makes bells, and why? | Who made bells, and why? | Who will make bells, and why?
+Which planet has the most moons? | Which planet had the most moons? | Which planet will have the most moons?
+Can you swim? | Were you able to swim? | Will you be able to swim?
+Should I repot my fern? | Was I supposed to repot my fern? | Will I have to repot my fern?
+Have you seen snow? | Had you seen snow? | Will you have seen snow?
+In winter, what do deer eat? | In winter, what did deer eat? | In winter, what will deer eat?
+To whom do foxes bark? | To whom did foxes bark? | To whom will foxes bark?
+Write a poem about rain. | How did people write a poem about rain? | How will people write a poem about rain?
+Please find my keys! | How did people find their keys? | How will people find their keys?
+Tell me how to fold a map. | How did people fold a map? | How will people fold a map?
+how to fold a map | how did people fold a map | how will people fold a map
+Give me a tip. | How did people give others a tip? | How will people give others a tip?
+Help me plant a hedge. | How did people plant a hedge? | How will people plant a hedge?
+I bake. How do I know when my bread is done? | I bake. How did people know when their bread was done? \
+| I bake. How will people know when their bread is done?
+What time does it open today? | What time did it open then? | What time will it open then?
+"""
+SENTENCES = [line.split(" | ") for line in TABLE.strip().splitlines()]  # question, past, future
 
 
 @pytest.mark.parametrize(("text", "past", "future"), SENTENCES, ids=[s[0] for s in SENTENCES])
@@ -176,18 +161,6 @@ def test_settings_that_clash() -> None:
         pt.PastTense(("pluperfect",))
     with pytest.raises(InputError, match="rules give one"):
         pt.PastTense(attempts=3)
-
-
-def test_stratified_takes_turns() -> None:
-    rows = [prompt(f"a{i}", "x", category="a") for i in range(20)]
-    rows += [prompt(f"b{i}", "x", category="b") for i in range(3)]
-    rows += [prompt(f"c{i}", "x", "comply", category="a") for i in range(20)]
-    got = pt.stratified(PromptSet("s", tuple(rows)), 13)
-    assert len(got) == 13
-    assert sum(p.id[0] == "b" for p in got) == 3
-    assert sum(p.id[0] == "a" for p in got) == 5
-    assert got == pt.stratified(PromptSet("s", tuple(rows)), 13)
-    assert got != pt.stratified(PromptSet("s", tuple(rows)), 13, seed=1)
 
 
 def training_rows(n: int = 40) -> PromptSet:
@@ -419,4 +392,3 @@ def test_the_rules_reach_half_of_english_requests() -> None:
     by = {(p.group, p.meta["tense"]): p.meta["edits"] for p in made}
     equal = [by[g, "past"] == by[g, "paraphrase"] for g in {p.group for p in made}]
     assert sum(equal) / len(equal) > 0.99
-    assert rules.reword(made[0].text) == rules.reword(made[0].text)

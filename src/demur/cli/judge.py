@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import progress, say, warn, write_rows
+from demur.cli.screen import progress, warn, write_report, write_rows
 from demur.errors import InputError
 from demur.types import Report, Verdict
 
@@ -118,7 +118,7 @@ def judge(
             )
         else:
             found = by_people.read_labels(labels, pairs, key)
-            _report(evaluate(pairs, verdicts, found, width=width), as_json, out)
+            write_report(evaluate(pairs, verdicts, found, width=width), as_json, out)
         return
     write_rows((v for of_one in verdicts.values() for v in of_one), out)
     summarise(verdicts)
@@ -177,18 +177,7 @@ def _validate(chosen: list[tuple[Judge, bool]], as_json: bool, out: str) -> None
     )
     if out != "-":
         agreement.write(rows, out)
-    _report(report_of, as_json, "-")
-
-
-def _report(report: Report, as_json: bool, out: str) -> None:
-    from demur.files import write_atomic
-    from demur.report.render import to_json, to_text
-
-    text = (to_json(report) if as_json else to_text(report)).rstrip("\n")
-    if out == "-":
-        say(text)
-    else:
-        write_atomic(out, text + "\n")
+    write_report(report_of, as_json, "-")
 
 
 def summarise(verdicts: dict[str, list[Verdict]]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from demur.files import dumps_row, write_atomic
-from demur.report.render import clean, plain
+from demur.report.render import clean, plain, to_json, to_text
 from demur.runtime.base import Progress
+from demur.types import Report
 
 
 def warn(message: str) -> None:
@@ -37,6 +38,15 @@ def write_rows(rows: Iterable[Any], out: str) -> None:
             say(dumps_row(row))
     else:
         write_atomic(Path(out), "".join(dumps_row(row) + "\n" for row in rows))
+
+
+def write_report(report: Report, as_json: bool, out: str) -> None:
+    """A report as text or JSON, on stdout for `-`, else to a file that appears when it is whole."""
+    text = (to_json(report) if as_json else to_text(report)).rstrip("\n")
+    if out == "-":
+        say(text)
+    else:
+        write_atomic(Path(out), text + "\n")
 
 
 def bar(*, disable: bool = False) -> Any:

@@ -88,12 +88,12 @@ def _distinct(keys: Keys, rows: Ints, n_rows: int, salt: int) -> tuple[Ints, Int
     return (found & np.uint64((1 << BITS) - 1)).astype(np.int64), starts.astype(np.int64)
 
 
-def cells(texts: Sequence[Sequence[int]], salt: int, most: int = 3) -> tuple[Ints, Ints]:
-    """Cells of the n-grams of 1 to `most` word ids; the start of the text counts as a word."""
+def cells(texts: Sequence[Sequence[int]], salt: int) -> tuple[Ints, Ints]:
+    """Cells of the n-grams of 1 to 3 word ids; the start of the text counts as a word."""
     ids = np.array([i for t in texts for i in (_START, *t)], np.uint64)
     rows = np.repeat(np.arange(len(texts)), [len(t) + 1 for t in texts])
     keys, owners, grams = [ids], [rows], ids
-    for n in range(2, most + 1):
+    for n in (2, 3):
         grams = grams[:-1] * np.uint64(1_000_003) + ids[n - 1 :]
         inside = rows[n - 1 :] == rows[: len(grams)]
         keys.append(grams[inside] + np.uint64(n))

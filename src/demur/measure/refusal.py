@@ -45,7 +45,6 @@ CARD = Card(
 )
 
 
-
 MIN_WIDTH = 0.005
 """Narrowest believable interval of a corrected rate."""
 

@@ -12,7 +12,7 @@ import torch
 from scipy.special import log_softmax
 
 from demur.errors import CapabilityError, InputError
-from demur.explain.post_training import compare
+from demur.explain.post_training import compare, comparison, refusal, tracing, truth
 from demur.explain.post_training.comparison import core_requests
 from demur.explain.post_training.entropy import (
     ScaleNeuron,
@@ -24,19 +24,23 @@ from demur.explain.post_training.entropy import (
     output_rows,
     unembedding,
 )
+from demur.explain.post_training.maps import pearson
 from demur.explain.post_training.refusal import ablated, added, compare_refusal
 from demur.explain.post_training.statements import Statement
 from demur.explain.post_training.truth import (
     _nie,
     as_text,
     check_sets,
+    compare_effects,
     compare_truth,
     cosines,
     lean,
     text_states,
 )
+from demur.runtime.chat import ChatFormat
 from demur.runtime.layers import BlockEdit
 from demur.runtime.openai import OpenAIRuntime
+from demur.stats import rate
 from demur.types import Prompt
 from tests.explain.post_training.test_tracing import BEFORE, PAIRS, narrow, runtime
 from tests.runtime.tiny import tiny_runtime
@@ -63,6 +67,7 @@ def test_a_shared_truth_direction_carries_over() -> None:
     found = compare_truth({"base": a, "tuned": b}, sets)
     assert found.layer == 1 and all(t.layer == 1 for t in found.transfer)
     assert found.cosines[1] > 0.9 and abs(found.cosines[0] or 0) < 0.7 and found.ceiling[1] > 0.9
+    assert abs(found.ceiling[0]) < 0.7  # halves of noise share no direction
     assert found.accuracy("base", "tuned").value > 0.97
     assert found.by_layer["base on tuned"][1] > 0.97 and found.by_layer["base on base"][0] < 0.7
     assert found.random_labels == pytest.approx(0.5, abs=0.12)
@@ -131,6 +136,46 @@ def test_states_of_statements_and_vectors_at_the_full_stop() -> None:
     assert np.abs(moved - lean(r, texts, BEFORE)).max() > 1e-4
 
 
+def test_effects_take_the_direction_of_the_other_sets_in_the_targets_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, sets = planted()
+    rng, held, layer = np.random.default_rng(3), "set 0", 9
+    axes = {"base": np.eye(WIDTH)[0], "tuned": 3 * (np.eye(WIDTH)[0] + np.eye(WIDTH)[1])}
+    states: dict[str, Any] = {m: {} for m in axes}
+    for m, axis in axes.items():
+        for name, rows in sets.items():
+            X = 0.1 * rng.normal(size=(N, 13, WIDTH))
+            signs = np.array([[1 if s.true else -1] for s in rows])
+            # the held-out set has the truth elsewhere, and so have all other layers
+            X[:, layer] += signs * (50 * np.eye(WIDTH)[5] if name == held else axis)
+            states[m][name] = X
+    calls: list[tuple[Any, bool, Any, Any]] = []
+
+    def note(r: Any, texts: Any, *_: Any) -> Any:
+        layers, vector = _[2:] if len(_) > 2 else ((), None)
+        calls.append((r, all(s.true for s in sets[held] if s.text in texts), layers, vector))
+        return np.zeros(len(texts))
+
+    monkeypatch.setattr(truth, "lean", note)
+    runtimes: Any = {"base": "base", "tuned": "tuned"}
+    found, band = compare_effects(runtimes, states, sets, held, layer, before="")
+    assert band == (8, 9)  # 5 of 32 layers are 2 of 13, up to the one it was read at
+    assert [(n.vector, n.model) for n in found] == [(v, m) for m in axes for v in ("base", "tuned", "random")]
+    moved = [c for c in calls if c[3] is not None]
+    assert all(c[2] == band for c in moved) and len(moved) == 2 * (2 + 2 + 6)
+    for m, target in axes.items():
+        mine = [c for c in moved if c[0] == m]
+        for k, name in enumerate(axes):
+            unit = axes[name] / np.linalg.norm(axes[name])
+            expected = unit * abs(unit @ (2 * target))  # the gap of the target's class means along it
+            for (_, true, _, vector), sign in zip(mine[2 * k : 2 * k + 2], (-1, 1), strict=True):
+                assert true is (sign < 0)
+                assert vector == pytest.approx(sign * expected, abs=0.15)
+        for *_, vector in mine[4:]:
+            assert np.linalg.norm(vector) == pytest.approx(2 * np.linalg.norm(target), rel=0.05)
+
+
 # --- refusal ----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +225,52 @@ def test_refusal_directions_and_what_they_do() -> None:
     )
     assert {s.change for s in lowered.steered} == {"add", "subtract", "ablate"}
     assert all(s.refused.k == (0 if s.change == "add" else 4) for s in lowered.steered)
+
+
+def test_which_vectors_are_added_and_under_whose_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_runtime()
+    tuned = base.with_edits(name="tuned")
+    tuned.chat = ChatFormat(base.tokenizer, template=base.chat.template + "{# another #}")
+    rng = np.random.default_rng(0)
+    axis, other, wrong = 30 * np.eye(32)[:3]
+
+    def read(view: Any, prompts: Any, _progress: Any) -> Any:
+        X = rng.normal(size=(len(prompts), 3, 2, 32))
+        harmful = np.array(["bomb" in p.text for p in prompts])
+        X[harmful, 1, 0] += wrong  # at t_inst
+        own = view.chat.template == base.chat.template
+        X[harmful, 1, 1] += wrong if own else axis if view.name == "tuned" else axis / 2 + other / 6
+        return X
+
+    pushed: list[tuple[str, int, Any]] = []
+    taken: list[tuple[str, Any]] = []
+    monkeypatch.setattr(refusal, "_read", read)
+    monkeypatch.setattr(refusal, "added", lambda r, layer, v: pushed.append((r.name, layer, v)) or r)
+    monkeypatch.setattr(refusal, "ablated", lambda r, u: taken.append((r.name, u)) or r)
+    monkeypatch.setattr(refusal, "refusals", lambda _r, asked, _j: rate(0, len(asked)))
+    fit = (requests("bomb"), requests("egg"))
+    found = compare_refusal(
+        {"base": base, "tuned": tuned}, fit, fit, layer=1, doses=(2.0,), allow_refusal_lowering=True, random=3
+    )
+    assert found.cosines["t_post"][1] == pytest.approx(3 / np.sqrt(10), abs=0.03)
+    assert found.own_cosines is not None and abs(found.own_cosines["t_post"][1]) < 0.2
+    assert found.ceiling["t_post"][1] > 0.9 > 0.6 > abs(found.ceiling["t_post"][0])
+    assert all(found.auroc[m]["t_post"][1] == 1.0 for m in ("base", "tuned"))
+    vectors = {"base": axis / 2 + other / 6, "tuned": axis}
+    for m in ("base", "tuned"):
+        length = np.linalg.norm(vectors[m])
+        mine = [
+            v for name, layer, v in pushed if name == (base.name if m == "base" else "tuned") and layer == 1
+        ]
+        expected = [2 * length * v / np.linalg.norm(v) for v in vectors.values()]
+        for start, sign in ((0, 1), (5, -1)):  # added, then subtracted: base's, tuned's, three random ones
+            for got, v in zip(mine[start : start + 2], expected, strict=True):
+                assert np.linalg.norm(got - sign * v) < 0.15 * length
+            for got in mine[start + 2 : start + 5]:
+                assert np.linalg.norm(got) == pytest.approx(2 * length, rel=0.15)
+                assert abs(got @ vectors[m]) < 0.7 * np.linalg.norm(got) * length
+        assert len(mine) == 10
+    assert len(taken) == 10 and all(np.linalg.norm(u) == pytest.approx(1) for _, u in taken)
 
 
 def test_adding_and_ablating_by_hand() -> None:
@@ -332,6 +423,9 @@ def test_compare_everything_on_a_toy() -> None:
         "base into tuned",
         "tuned into base",
     }
+    for name in ("base into tuned", "tuned into base"):
+        alike, mine = found.knowledge.likeness[name], found.knowledge.maps[name.rsplit(" ", 1)[-1]]
+        assert alike.pearson == pytest.approx(pearson(mine, found.knowledge.maps[name]), abs=1e-9)
     assert found.truth is not None and len(found.truth.nie) == 6 and found.truth.nie_set == "set 0"
     assert found.confidence is not None and found.confidence.iou == 1.0 and found.refusal is None
     text = json.dumps(found.to_dict(), allow_nan=False)
@@ -353,6 +447,22 @@ def test_without_the_public_files_the_rest_is_measured(
     found = compare(r, r, parts=("knowledge", "truth", "confidence"))
     assert found.knowledge is None and found.truth is None and found.confidence is not None
     assert len(found.notes) == 2 and all("left out" in note for note in found.notes)
+
+
+def test_models_that_give_no_verdicts_complete_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    r = runtime()
+    monkeypatch.setattr(comparison, "load_pairs", lambda: PAIRS)
+    monkeypatch.setattr(comparison, "completions", lambda _pairs: ["completed"])
+    monkeypatch.setattr(tracing, "align", lambda *_, **__: None)
+    both = {"base": r, "tuned": r.with_edits(name="tuned")}
+    for wrong, asked in ((2, True), (9, False)):  # of 20 statements, in the tuned model only
+        found = np.r_[np.ones(wrong), -np.ones(10 - wrong)]
+        monkeypatch.setattr(
+            tracing, "margins", lambda r, _a, f=found: (np.ones(10), f if r.name == "tuned" else -np.ones(10))
+        )
+        pairs, _, why = comparison._public_pairs(both)
+        assert (pairs is PAIRS, why is None) == (asked, asked)
+    assert why is not None and "base and tuned are right on 100% and 55%" in why
 
 
 def test_models_that_do_not_belong_together() -> None:

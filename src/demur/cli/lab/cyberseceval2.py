@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import progress, say, warn, write_rows
+from demur.cli.screen import progress, warn, write_report, write_rows
 from demur.errors import InputError
 from demur.files import write_atomic
 
 if TYPE_CHECKING:
     from demur.measure.cyberseceval2 import FalseRefusals, Injection, Interpreter, Mitre
     from demur.runtime.base import Runtime
-    from demur.types import Condition, PromptSet, Reply, Report
+    from demur.types import Condition, PromptSet, Reply
 
 
 class Task(StrEnum):
@@ -112,18 +112,8 @@ def run(
     if replies is None:
         made["condition"] = f"temperature {temperature:g}, at most {max_new_tokens} new tokens"
         made["not asked"] = str(asked - len(cases))
-    _write(replace(report, provenance={**report.provenance, **made}), as_json, out)
+    write_report(replace(report, provenance={**report.provenance, **made}), as_json, out)
     return None
-
-
-def _write(report: Report, as_json: bool, out: str) -> None:
-    from demur.report.render import to_json, to_text
-
-    text = to_json(report) if as_json else to_text(report) + "\n"
-    if out == "-":
-        say(text.rstrip("\n"))
-    else:
-        write_atomic(out, text)
 
 
 def _cases(task: Task, file: str | None, replies: str | None) -> PromptSet | None:
@@ -219,6 +209,6 @@ def _trade_off(files: list[str], as_json: bool, out: str) -> None:
     points = load_points(files)
     if out.endswith(".svg"):
         write_atomic(out, drawing(points))
-        _write(trade_off(points), as_json, "-")
+        write_report(trade_off(points), as_json, "-")
     else:
-        _write(trade_off(points), as_json, out)
+        write_report(trade_off(points), as_json, out)

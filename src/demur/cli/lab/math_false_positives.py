@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import progress, say, warn, write_rows
+from demur.cli.screen import progress, warn, write_report, write_rows
 from demur.errors import InputError
 from demur.files import dumps_row, iter_jsonl, write_atomic
 
@@ -91,7 +91,6 @@ def run(
     from demur.measure.math_false_positives import MathFalsePositives, with_verdicts
     from demur.measure.math_false_positives.grading import Grader
     from demur.measure.math_false_positives.solutions import audit_sample, graded, load_solutions, with_labels
-    from demur.report.render import to_json, to_text
 
     if (price_in is None) != (price_out is None) or (price_in is not None and judge is None):
         raise InputError("--price-in and --price-out go together, and with --judge")
@@ -111,11 +110,7 @@ def run(
     report = MathFalsePositives(n or None, seed=seed).score(solutions)
     made = {"aggregate": aggregate.value, "checker": name, "timeout": timeout}
     report = replace(report, provenance={**report.provenance, **made})
-    text = to_json(report) if as_json else to_text(report) + "\n"
-    if out == "-":
-        say(text.rstrip("\n"))
-    else:
-        write_atomic(out, text)
+    write_report(report, as_json, out)
     return None
 
 

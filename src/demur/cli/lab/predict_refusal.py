@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import say, warn, write_rows
+from demur.cli.screen import warn, write_report, write_rows
 from demur.errors import InputError
-from demur.files import write_atomic
 from demur.types import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -95,7 +94,6 @@ def run(
             raise InputError(f"{', '.join(wrong)}: for train only; a saved model has its labels already")
         return _score(file, model, group, out)
     from demur.measure.blackbox_refusal import BlackboxRefusal, load_records
-    from demur.report.render import to_json, to_text
 
     mapping = _mapping(map_ or [])
     records = load_records(file, labels=mapping, keep_tones=keep_tones, group=group)
@@ -115,11 +113,7 @@ def run(
     made = replace(made, about={**made.about, **settings})
     report = replace(report, provenance={**report.provenance, **settings})
     made.save(model)
-    text = to_json(report) if as_json else to_text(report) + "\n"
-    if out == "-":
-        say(text.rstrip("\n"))
-    else:
-        write_atomic(out, text)
+    write_report(report, as_json, out)
     warn(f"{model}: the classifier, fitted on all {sum(made.rows.values())} rows")
     return None
 

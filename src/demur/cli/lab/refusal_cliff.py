@@ -76,11 +76,10 @@ def run(
     """Trace a refusal score through thinking, measure its fall before the answer, and find the heads behind it.
 
     The rows are the model's own thinking, on harmful prompts. Probes are fitted on the rows of --fit, which say
-    whether the answer refused. Beside the drop stands that of a probe fitted on shuffled labels. `\\n` in --open
+    whether the answer refused. Beside the drop stand those of probes fitted on shuffled labels. `\\n` in --open
     and --close is a line break.
     """
     from demur.explain import refusal_cliff as rc
-    from demur.explain.refusal_cliff.shuffled import shuffled_curve
     from demur.runtime.local import LocalRuntime
 
     marks = (m.replace("\\n", "\n") for m in (open_mark, close_mark))
@@ -110,9 +109,10 @@ def run(
     probes = rc.fit_probes(runtime, labelled, **settings)
     found = rc.trace(runtime, probes, thoughts, by=by, condition=condition)
     cliffs = [rc.cliff(t) for t in found]
-    flat = rc.shuffled_drops(
+    mixed = rc.shuffled_traces(
         runtime, labelled, thoughts, probes, by=by, condition=condition, draws=DRAWS, seed=seed
     )
+    flat = rc.shuffled_drops(mixed)
     low, high = np.quantile(flat, [0.025, 0.975])
     chance = (f"drop of {DRAWS} probes on shuffled labels: mean, middle 95 %", float(flat.mean()), low, high)
     cliff = rc.summarise(cliffs, seed=seed)
@@ -131,10 +131,7 @@ def run(
         "held_out": dict(probes.held_out),
     }
     if page is not None:
-        chances = shuffled_curve(
-            runtime, labelled, thoughts, probes, by=by, condition=condition, draws=DRAWS, seed=seed
-        )
-        values["shuffled_curve"] = [dataclasses.asdict(p) for p in chances]
+        values["shuffled_curve"] = [dataclasses.asdict(p) for p in rc.shuffled_curve(mixed)]
     if heads:
         tables.append(_heads(rc, runtime, probes, thoughts, heads, causal, condition, values))
     report = Report(

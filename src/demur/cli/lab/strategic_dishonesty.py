@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import bar, progress, say, warn, write_rows
+from demur.cli.screen import bar, progress, warn, write_report, write_rows
 from demur.errors import InputError
-from demur.files import write_atomic
 from demur.types import Report
 
 REFUSALS = "rules/demur-v1"
@@ -56,7 +55,9 @@ def run(
     theme_system: Annotated[
         Path | None, typer.Option(metavar="FILE", help="themes: system message under your own theme.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="themes: so many problems.")] = 80,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="themes: so many problems; default 80, or all of FILE.")
+    ] = None,
     probe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="monitor: the probe to use; fit: where to save it.")
     ] = None,
@@ -69,7 +70,10 @@ def run(
     ] = 0.01,
     rows: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Also write one row for each request or answer, without text."),
+        typer.Option(
+            metavar="FILE",
+            help="choice, themes, monitor: also write one row for each request or answer, without text.",
+        ),
     ] = None,
     max_new_tokens: o.MaxNewTokens = 512,
     seed: o.Seed = 0,
@@ -86,10 +90,13 @@ def run(
     given = {
         "file": file,
         "judge": judge,
+        "judge_model": judge_model,
         "theme": theme,
         "theme_system": theme_system,
+        "n": n,
         "probe": probe,
         "benign": benign,
+        "rows": rows,
     }
     _check(task, given)
     if task is Task.CHOICE:
@@ -105,15 +112,15 @@ def run(
         report, lines = _monitor(str(file), model, probe, benign, fpr)
     if rows is not None:
         write_rows(lines, rows)
-    _write(report, as_json, out)
+    write_report(report, as_json, out)
 
 
 _TAKES = {
-    Task.CHOICE: ("file",),
-    Task.JUDGES: ("file", "judge"),
-    Task.THEMES: ("file", "theme", "theme_system"),
+    Task.CHOICE: ("file", "rows"),
+    Task.JUDGES: ("file", "judge", "judge_model"),
+    Task.THEMES: ("file", "theme", "theme_system", "n", "rows"),
     Task.FIT: ("file", "probe"),
-    Task.MONITOR: ("file", "probe", "benign"),
+    Task.MONITOR: ("file", "probe", "benign", "rows"),
 }
 _NEEDS = {Task.CHOICE: ("file",), Task.JUDGES: ("file",), Task.MONITOR: ("file", "probe")}
 
@@ -138,10 +145,11 @@ def _choice(
     prompts = choice_prompts(o.load_prompt_file(file), orders, seed)
     runtime = o.load_model(model)
     condition = replace(ASKING, max_new_tokens=max_new_tokens, seed=seed)
-    asked, _ = askable(runtime, prompts, condition)
+    asked, skipped = askable(runtime, prompts, condition)
     with progress("choosing", "") as report:
         found = list(choose(runtime, asked, condition, progress=report))
-    return choice_report(found, public_name(runtime.name)), found
+    report_of = choice_report(found, public_name(runtime.name))
+    return replace(report_of, provenance={**report_of.provenance, "not asked": len(skipped)}), found
 
 
 def _judges(file: str, ids: list[str], judge_model: str | None) -> Report:
@@ -159,7 +167,7 @@ def _themes(
     model: str | None,
     theme: Path | None,
     theme_system: Path | None,
-    n: int,
+    n: int | None,
     max_new_tokens: int,
     seed: int,
 ) -> tuple[Report, list[Any]]:
@@ -184,7 +192,7 @@ def _themes(
         problems = load_problems(file, ("plain", "themed"))[:n]
     else:
         own = {} if theme is None else {theme.stem: load_theme(theme)}
-        problems = make_problems(n, seed, {**THEMES, **own})
+        problems = make_problems(n or 80, seed, {**THEMES, **own})
     systems = {theme.stem: read_text(theme_system).strip()} if theme and theme_system else None
     runtime = o.load_model(model)
     condition = replace(SOLVING, max_new_tokens=max_new_tokens, seed=seed)
@@ -242,13 +250,3 @@ def _monitor(
         for k, s in zip(known, scores, strict=True)
     ]
     return monitor_report(monitor, scores, known), lines
-
-
-def _write(report: Report, as_json: bool, out: str) -> None:
-    from demur.report.render import to_json, to_text
-
-    text = to_json(report) if as_json else to_text(report) + "\n"
-    if out == "-":
-        say(text.rstrip("\n"))
-    else:
-        write_atomic(out, text)

@@ -9,6 +9,7 @@ of that is lost at the tokens that close the thinking (`cliff`)? Which attention
 from __future__ import annotations
 
 from demur.explain.refusal_cliff.heads import HeadRow, contributions, head_table, rises, similar_heads
+from demur.explain.refusal_cliff.shuffled import shuffled_curve, shuffled_drops, shuffled_traces
 from demur.explain.refusal_cliff.text import Encoded, Markup, Thought, encode, load_thoughts, states
 from demur.explain.refusal_cliff.tracing import (
     Cliff,
@@ -19,7 +20,6 @@ from demur.explain.refusal_cliff.tracing import (
     cliff,
     curve,
     fit_probes,
-    shuffled_drops,
     summarise,
     trace,
 )
@@ -62,7 +62,9 @@ __all__ = [
     "head_table",
     "load_thoughts",
     "rises",
+    "shuffled_curve",
     "shuffled_drops",
+    "shuffled_traces",
     "similar_heads",
     "states",
     "summarise",

@@ -7,6 +7,7 @@ are summed up; a curve for the eye takes, at each place, the traces that have a 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ def fit_probes(
     y = _labels(thoughts)
     markup = markup or Markup()
     layer = _last(runtime) if layer is None else layer
-    X = _gather(runtime, thoughts, layer, markup, condition)
+    X = gather(runtime, thoughts, layer, markup, condition)
     part = split_rows(y, {"fit": 0.8, "test": 0.2}, seed=seed)
     test = np.zeros(len(y), bool)
     test[part["test"]] = True
@@ -210,44 +211,7 @@ def fit_probes(
     )
 
 
-def shuffled_drops(
-    runtime: LocalRuntime,
-    labelled: Sequence[Thought],
-    thoughts: Sequence[Thought],
-    probes: CliffProbes,
-    *,
-    by: By = "groups",
-    condition: Condition | None = None,
-    draws: int = 20,
-    seed: int = 0,
-) -> FloatArray:
-    """Median drops (draws,) of the same thoughts, read by probes fitted on permuted labels: what chance gives.
-
-    One such probe may well show a drop or a rise, where a state leaves the range that it was fitted on; hence many.
-
-    Args:
-        labelled: what `probes` were fitted on. thoughts: what is traced.
-    """
-    check_model(runtime, probes)
-    y, X = _labels(labelled), _gather(runtime, labelled, probes.layer, probes.markup, condition)
-    rows = [encode(runtime, _silent(t), probes.markup, condition) for t in thoughts]
-    late, last = [], []
-    for row, H in zip(rows, states(runtime, rows, [probes.layer]), strict=True):
-        late.append(H[0, _late(row.spans)].astype(float))
-        last.append(H[0, row.final].astype(float))
-    owner, flat = np.repeat(np.arange(len(late)), [len(h) for h in late]), np.concatenate(late)
-    kind: ReaderKind = "logistic" if probes.final.line is None else "mean_difference"
-    rng, out = np.random.default_rng(seed), []
-    for _ in range(draws):
-        drawn = rng.permutation(y)
-        final = fit_reader(X["final"][0], drawn, kind)
-        thinking = fit_reader(X["thinking"][0], drawn[X["thinking"][1]], kind) if by == "groups" else final
-        plateau = np.bincount(owner, expit(thinking.score(flat))) / np.bincount(owner)
-        out.append(np.median(plateau - expit(final.score(np.array(last)))))
-    return np.array(out)
-
-
-def _gather(
+def gather(
     runtime: LocalRuntime,
     thoughts: Sequence[Thought],
     layer: int,
@@ -255,7 +219,7 @@ def _gather(
     condition: Condition | None,
 ) -> dict[str, tuple[FloatArray, npt.NDArray[np.intp]]]:
     """Of each span and of `final`: states (N, d), and the thought that each comes from (N,)."""
-    rows = [encode(runtime, _silent(t), markup, condition) for t in thoughts]
+    rows = [encode(runtime, dataclasses.replace(t, answer=""), markup, condition) for t in thoughts]
     found: dict[str, list[FloatArray]] = {}
     of: dict[str, list[int]] = {}
     for i, (row, H) in enumerate(zip(rows, states(runtime, rows, [layer]), strict=True)):
@@ -279,10 +243,6 @@ def _labels(thoughts: Sequence[Thought]) -> npt.NDArray[np.bool_]:
             f"{LEAST // 2} of each kind"
         )
     return y
-
-
-def _silent(t: Thought) -> Thought:
-    return Thought(prompt=t.prompt, thinking=t.thinking)
 
 
 def _places(row: Encoded) -> dict[str, list[int]]:
@@ -398,18 +358,20 @@ def curve(traces: Sequence[Trace], *, bins: int = 10, seed: int = 0) -> list[Poi
     """
     found: dict[tuple[str, int], list[float]] = {}
     for one in traces:
-        thinking = [i for i, s in enumerate(one.spans) if s == "thinking"]
-        closing = [i for i, s in enumerate(one.spans) if s == "close"]
-        parts: dict[int, list[float]] = {}
-        for k, i in enumerate(thinking):
-            parts.setdefault(int((k + 0.5) / len(thinking) * bins), []).append(float(one.scores[i]))
-        for b, values in parts.items():
-            found.setdefault(("thinking", b), []).append(float(np.mean(values)))
-        for k, i in enumerate(closing):
-            found.setdefault(("close", k - len(closing)), []).append(float(one.scores[i]))
+        for key, here in parts(one.spans, bins).items():
+            found.setdefault(key, []).append(float(np.mean(one.scores[here])))
     out = []
     for (span, place), values in sorted(found.items(), key=lambda item: (item[0][0] == "close", item[0][1])):
         v = np.array(values)
         low, high = bootstrap_interval(lambda x: float(np.median(x)), v, n_boot=500, seed=seed)
         out.append(Point(span=span, place=place, median=float(np.median(v)), low=low, high=high, n=len(v)))
     return out
+
+
+def parts(spans: Sequence[str], bins: int) -> dict[tuple[str, int], list[int]]:
+    """Token indices of each part of the thinking and of each closing token, by the places of `curve`."""
+    thinking, closing = ([i for i, s in enumerate(spans) if s == name] for name in ("thinking", "close"))
+    out: dict[tuple[str, int], list[int]] = {}
+    for k, i in enumerate(thinking):
+        out.setdefault(("thinking", int((k + 0.5) / len(thinking) * bins)), []).append(i)
+    return out | {("close", k - len(closing)): [i] for k, i in enumerate(closing)}

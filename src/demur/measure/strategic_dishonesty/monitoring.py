@@ -94,7 +94,7 @@ def _discrimination(
     values: dict[str, Any] = {}
     for name, parts in readers.items():
         row = _area(_joined(parts, halves, len(y)), y)
-        values[name.split(" of ")[0].replace(" ", "_")] = row
+        values[name.split(" of the ")[0].replace(" ", "_")] = row
         rows.append((name, len(y), _shown(row)))
     for theme in sorted({k.theme for k in known if k.theme}):
         mine = np.array([k.theme == theme for k in known])
