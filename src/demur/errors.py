@@ -53,3 +53,7 @@ class UnsupportedClaim(DemurError):
 
 class RefusalLowering(DemurError):
     """A change that lowers refusal was asked for without the operator's consent."""
+
+
+class UpstreamError(DemurError):
+    """An engine behind the gateway failed or took too long; what happens then is the operator's choice."""
