@@ -265,7 +265,7 @@ def test_which_vectors_are_added_and_under_whose_template(monkeypatch: pytest.Mo
         expected = [2 * length * v / np.linalg.norm(v) for v in vectors.values()]
         for start, sign in ((0, 1), (5, -1)):  # added, then subtracted: base's, tuned's, three random ones
             for got, v in zip(mine[start : start + 2], expected, strict=True):
-                assert np.linalg.norm(got - sign * v) < 0.15 * length
+                assert np.linalg.norm(got - sign * v) < 0.15 * np.linalg.norm(v)
             for got in mine[start + 2 : start + 5]:
                 assert np.linalg.norm(got) == pytest.approx(2 * length, rel=0.15)
                 assert abs(got @ vectors[m]) < 0.7 * np.linalg.norm(got) * length
