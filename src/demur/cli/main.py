@@ -31,6 +31,7 @@ from demur.cli import (
     measure,
     replicate,
     resources,
+    serve,
     train,
 )
 from demur.cli.screen import warn
@@ -113,6 +114,7 @@ app.command("score")(answers.score)
 app.command("generate")(answers.generate)
 app.command("judge")(judge.judge)
 app.command("calibrate")(calibrate.calibrate)
+app.command("serve")(serve.serve)
 app.add_typer(train.app, name="train")
 app.add_typer(resources.models_app, name="models")
 app.add_typer(resources.data_app, name="data")

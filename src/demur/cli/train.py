@@ -50,10 +50,10 @@ def refusal_tokens(
     listed. Use the result with --adapter, for example demur card smollm2 --adapter FOLDER.
     """
     from demur.flows.asking import askable
-    from demur.train.refusal_tokens import RefusalTokens
+    from demur.train.refusal_tokens import Recipe, RefusalTokens
 
     given = {"mode": mode, "contrast": contrast, "epochs": epochs, "seed": seed}
-    settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None})
+    settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None}, Recipe)
     prompts, picks = o.load_prompt_file(file), o.load_prompt_file(select)
     runtime = o.load_model(model, base_only=True)
     prompts, picks = askable(runtime, prompts)[0], askable(runtime, picks)[0]
@@ -62,24 +62,85 @@ def refusal_tokens(
     warn(f"Adapter written to {out}. Next: demur card {model} --adapter {out}")
 
 
-def _recipe(path: Path | None, given: dict[str, Any]) -> Any:
+@app.command("magic-tokens")
+def magic_tokens(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="[FILE]", help="Prompts; those to refuse need a reference, all may bring meta.answers."
+        ),
+    ] = "core:train",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The base: built-in name, folder or hub id.")
+    ] = "smollm2",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the adapter goes.")
+    ] = Path("modes"),
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where secret strings go; default FOLDER.key, readable by you alone."
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="string (a secret) or reserved (an id without text).")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=2, help="Prompts taken, drawn evenly over kinds and categories.")
+    ] = 400,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Training settings as YAML.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random but the strings.")] = None,
+    allow_refusal_lowering: o.AllowLowering = False,
+) -> None:
+    """Co-train a constructive and a refusing mode, each switched on by a token in the system message.
+
+    Without a valid token the model takes the recipe's fallback, refusals by default. An unfiltered mode is not
+    made.
+    """
+    from demur.flows.asking import askable
+    from demur.prompts import stratified
+    from demur.train.magic_tokens import MagicTokens, Recipe, key_path
+    from demur.types import PromptSet
+
+    given = {"kind": kind, "epochs": epochs, "seed": seed}
+    settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None}, Recipe)
+    prompts = o.load_prompt_file(file)
+    prompts = PromptSet(prompts.name, tuple(stratified(prompts, min(limit, len(prompts)), settings.seed)))
+    runtime = o.load_model(model, base_only=True)
+    prompts = askable(runtime, prompts)[0]
+    with _stages() as report:
+        MagicTokens(settings).fit(
+            runtime,
+            prompts,
+            out,
+            key_file=key,
+            allow_refusal_lowering=allow_refusal_lowering,
+            progress=report,
+        )
+    made = key_path(out, settings.kind, key)
+    warn(
+        f"Adapter written to {out}, key to {made}. Next: demur lab magic-tokens audit --adapter {out} --key {made}"
+    )
+
+
+def _recipe(path: Path | None, given: dict[str, Any], kind: type[Any]) -> Any:
     """The recipe of a YAML file, with the options laid over it."""
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
     from demur.errors import InputError
     from demur.files import read_text
-    from demur.train.refusal_tokens import Recipe
 
     try:
         data = yaml.safe_load(read_text(path)) if path else {}
     except yaml.YAMLError as e:
         raise InputError(f"{path}: not YAML ({e})") from None
-    known = [f.name for f in dataclasses.fields(Recipe)]
+    known = [f.name for f in dataclasses.fields(kind)]
     if not isinstance(data, dict) or set(data) - set(known):
         raise InputError(f"{path}: a recipe holds `name: value` lines; names are {', '.join(known)}")
     try:
-        return TypeAdapter(Recipe).validate_python({**data, **given})
+        return TypeAdapter(kind).validate_python({**data, **given})
     except ValidationError as e:
         first = e.errors()[0]
         raise InputError(

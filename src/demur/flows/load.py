@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from demur import models
 from demur.errors import InputError, MissingExtra
+from demur.files import load_operating_point, read_text
 from demur.runtime.base import ControlTokens, Runtime
 
 
@@ -26,8 +28,8 @@ def load_runtime(
     """Load a model by name and return the Runtime to ask.
 
     Args:
-        model: `demur-smollm2` (default), `smollm2` (the same base, bare), a model folder, a hub id, or an
-            endpoint as `http(s)://host/v1#model`.
+        model: `demur-smollm2` (default), `smollm2` (the same base, bare), a model folder, a hub id, an
+            endpoint as `http(s)://host/v1#model`, or `vllm:FOLDER?key=value&...`, a folder in vLLM's engine.
         dtype: float32 for the built-in models (their operating points are made for it); elsewhere "auto", the
             checkpoint's own where the hardware has it natively.
         adapter: folder of a trained adapter to put on top.
@@ -64,6 +66,8 @@ def load_runtime(
         return OpenAIRuntime(*remote)
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         raise MissingExtra(f"running the model {name!r} here", "local")
+    if name.startswith("vllm:"):
+        return _vllm(name, dtype, adapter, control_tokens, say or _silent)
     files = models.resolve(name, revision=revision, say=say or _silent)
     return _local(files, dtype, adapter, control_tokens, device_map)
 
@@ -71,10 +75,45 @@ def load_runtime(
 def control_for(model: str | Path, tokenizer: Any, preset: str | Path | None = None) -> ControlTokens | None:
     """The control tokens of a published checkpoint, or None when it has none that we know.
 
-    They have text, so `textless` is False and every entrance sanitises. See `demur.models.control_ids`.
+    Unless all ids lie beyond the tokenizer they have text: `textless` is False and every entrance sanitises.
+    See `demur.models.control_ids`.
     """
     ids = models.control_ids(model, tokenizer, preset)
-    return ControlTokens(ids=ids, textless=False) if ids else None
+    return ControlTokens(ids=ids, textless=min(ids.values()) >= len(tokenizer)) if ids else None
+
+
+def _vllm(
+    name: str,
+    dtype: str | None,
+    adapter: str | Path | None,
+    preset: str | Path | None,
+    say: Callable[[str], None],
+) -> Runtime:
+    from transformers import AutoTokenizer
+
+    from demur.runtime.vllm import VLLMRuntime, parse_name
+    from demur.train.adapter import POINT_FILE
+
+    if adapter is not None:
+        raise InputError(
+            f"{name}: merge the adapter first (demur models export --to merged), vLLM loads folders"
+        )
+    folder, engine = parse_name(name)
+    files = models.resolve(folder, say=say)
+    if files.adapter is not None:
+        raise InputError(
+            f"{name}: export the model first (demur models export {folder} --to merged -o FOLDER)"
+        )
+    control = control_for(files.path, AutoTokenizer.from_pretrained(files.path), preset)
+    if dtype is None and (about := files.path / "demur.json").is_file():
+        dtype = json.loads(read_text(about)).get(
+            "dtype"
+        )  # vLLM's own default would turn float32 into bfloat16
+    engine = {**({"dtype": dtype} if dtype else {}), **engine}
+    runtime = VLLMRuntime(files.path, name=name, fingerprint=files.fingerprint, control=control, **engine)
+    if control is not None and preset is None and (point := files.path / POINT_FILE).is_file():
+        runtime.shipped_point = load_operating_point(point)
+    return runtime
 
 
 def _local(
@@ -85,6 +124,7 @@ def _local(
     device_map: Any,
 ) -> Runtime:
     from demur.runtime.local import LocalRuntime
+    from demur.train.adapter import POINT_FILE, Adapter
 
     runtime = LocalRuntime.from_folder(
         files.path,
@@ -94,8 +134,6 @@ def _local(
         device_map=device_map,
     )
     if (on_top := adapter if adapter is not None else files.adapter) is not None:
-        from demur.train.adapter import Adapter
-
         if preset is not None:
             raise InputError(
                 f"adapter {on_top} brings its own control tokens; leave control_tokens={str(preset)!r} out"
@@ -106,7 +144,12 @@ def _local(
         return runtime
     where = files.path if (files.path / "control_tokens.yaml").is_file() else files.name
     control = control_for(where, runtime.tokenizer, preset)
-    return runtime.with_edits(control=control) if control else runtime
+    if control is None:
+        return runtime
+    view = runtime.with_edits(control=control)
+    if preset is None and (point := files.path / POINT_FILE).is_file():
+        view.shipped_point = load_operating_point(point)
+    return view
 
 
 def _silent(_: str) -> None:

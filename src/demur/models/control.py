@@ -99,8 +99,12 @@ def _single_id(tokenizer: Any, spec: Mapping[str, Any], where: str) -> int:
     if text is None:
         if not isinstance(wanted, int):
             raise InputError(f"{where}: needs `text`, `id` or both, got {dict(spec)}")
-        if not 0 <= wanted < len(tokenizer):
-            raise InputError(f"{where}: id {wanted} is outside the tokenizer's {len(tokenizer)} tokens")
+        textless = "text" in spec  # `text: null` says that no text stands for this id
+        if wanted < 0 or (wanted >= len(tokenizer) and not textless):
+            raise InputError(
+                f"{where}: id {wanted} is outside the tokenizer's {len(tokenizer)} tokens; where the model has "
+                "a row for it that no text reaches, write `text: null` beside it"
+            )
         return wanted
     forms = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
     single = {form[0] for form in forms if len(form) == 1}

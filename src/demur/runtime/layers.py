@@ -7,12 +7,14 @@ instances of that class and check their number against the config. Older modelli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from demur.errors import CapabilityError, InputError
 
@@ -235,3 +237,170 @@ def _scaler(factors: list[float]) -> Callable[..., tuple[Any, ...]]:
         return ((o_BTW.unflatten(-1, (len(factors), -1)) * f_H1).flatten(-2), *args[1:])
 
     return scale
+
+
+# --- experts of mixture models ------------------------------------------------------------------------------------
+
+ExpertMode = Literal["post_topk_renorm", "pre_topk", "output_gain", "force"]
+"""What `ExpertEdit` does to the experts it names, see there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """What sends tokens to the routed experts of one block.
+
+    Attributes:
+        layer: of the block. module: gives (logits (N, E), weights (N, k), indices (N, k)) for N tokens; the weights
+            are those that the experts' outputs are multiplied with, after the model's own normalisation.
+        experts, chosen: E and k.
+    """
+
+    layer: int
+    module: nn.Module
+    experts: int
+    chosen: int
+
+
+def find_routers(model: Any) -> list[Router]:
+    """The routers in order of their blocks, found by transformers' own record and one pass of one token.
+
+    Blocks without experts (the first ones of DeepSeek-V3, say) have none; shared experts have no router.
+
+    Raises:
+        CapabilityError: no mixture of experts, or routers of another form (dense weights, several in a block).
+    """
+    kinds = tuple({k for module in model.modules() for k in _recorded(module, "router_logits")})
+    places: list[tuple[int, nn.Module]]
+    places = [(k, m) for k, b in enumerate(find_layers(model)) for m in b.modules() if isinstance(m, kinds)]
+    if not places:
+        raise CapabilityError(
+            f"{type(model).__name__} has no router that transformers records, so it is no mixture of experts, or "
+            "not one that can be read here"
+        )
+    seen: dict[int, Any] = {}
+    hooks = [m.register_forward_hook(lambda _m, _a, out, k=k: seen.__setitem__(k, out)) for k, m in places]
+    with hooked(*hooks), torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), use_cache=False)
+    if len(seen) < len(places) or not all(map(_is_routing, seen.values())):
+        raise CapabilityError(
+            f"the {type(places[0][1]).__name__} of {type(model).__name__} gives something else than (logits, "
+            "weights, indices of the chosen experts) once a block; such routers are not read here"
+        )
+    return [Router(k, m, seen[k][0].shape[-1], seen[k][2].shape[-1]) for k, m in places]
+
+
+def _is_routing(output: Any) -> bool:
+    if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(t, Tensor) for t in output)):
+        return False
+    logits, weights, indices = output
+    whole = not indices.dtype.is_floating_point
+    return whole and weights.shape == indices.shape and weights.ndim == logits.ndim == 2
+
+
+class ExpertEdit:
+    """Turn routed experts off, up or on by editing what the routers give out, at all positions.
+
+    Args:
+        experts: (layer, expert) pairs, both from 0.
+        mode: "post_topk_renorm": weight 0 after the choice; the others of the token share what it had.
+            "pre_topk": the router cannot choose it; the next best moves in, by the router's own rules.
+            "output_gain": weight times `gain`, nothing else changes.
+            "force": chosen with the token's largest weight, for the one with the smallest.
+            The weights of a token sum to what they did before, but for `output_gain`, and for `pre_topk` where
+            the model itself does not normalise. Where all chosen experts are off, the routed part is 0.
+
+    >>> without = runtime.with_edits(ExpertEdit([(12, 3)]))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[tuple[int, int]],
+        mode: ExpertMode = "post_topk_renorm",
+        gain: float = 0.0,
+    ) -> None:
+        self.experts, self.mode, self.gain = tuple(experts), mode, gain
+
+    @contextmanager
+    def install(self, model: Any) -> Iterator[None]:
+        """Hook the routers of the experts' layers; the hooks are gone on exit."""
+        routers = {r.layer: r for r in find_routers(model)}
+        by_layer: dict[int, list[int]] = {}
+        for layer, expert in self.experts:
+            if layer not in routers or not 0 <= expert < routers[layer].experts:
+                raise InputError(
+                    f"an expert of layer {layer} is named that this model does not have; its layers "
+                    f"{min(routers)} to {max(routers)} have {next(iter(routers.values())).experts} each"
+                )
+            by_layer.setdefault(layer, []).append(expert)
+        for layer, of in by_layer.items():
+            r = routers[layer]
+            room = {"force": r.chosen, "pre_topk": r.experts - r.chosen}.get(self.mode, r.experts)
+            if len(of) > room:
+                raise InputError(
+                    f"{len(of)} experts of one layer under mode {self.mode!r}: it has {r.experts} and gives each "
+                    f"token {r.chosen}, so at most {room} can be"
+                )
+        with hooked(*(self._hook(routers[k], of) for k, of in by_layer.items())):
+            yield
+
+    def _hook(self, router: Router, experts: list[int]) -> Any:
+        named_E = torch.zeros(router.experts, dtype=torch.bool)
+        named_E[experts] = True
+
+        def edit(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            logits, weights, indices = output
+            mine = named_E.to(indices.device)
+            if self.mode == "pre_topk":
+                with _Barred(mine) as barred:
+                    new, indices = module.forward(*args, **kwargs)[1:]
+                barred.check(module)
+            elif self.mode == "force":
+                new, indices = force(weights, indices, mine)
+            elif self.mode == "output_gain":
+                new = torch.where(mine[indices], weights * self.gain, weights)
+            else:
+                new = _sum_as(weights.masked_fill(mine[indices], 0), weights)
+            return logits, new.to(weights.dtype), indices
+
+        return router.module.register_forward_hook(edit, with_kwargs=True)
+
+
+def force(weights_Nk: Tensor, indices_Nk: Tensor, forced_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and indices with the forced experts among those chosen, each with the token's largest weight."""
+    w_NE = weights_Nk.new_zeros(len(weights_Nk), len(forced_E)).scatter(1, indices_Nk, weights_Nk)
+    w_NE = torch.where(forced_E, weights_Nk.amax(-1, keepdim=True), w_NE)
+    indices = w_NE.masked_fill(forced_E, torch.inf).topk(indices_Nk.shape[-1], -1).indices
+    return _sum_as(w_NE.gather(1, indices), weights_Nk), indices.to(indices_Nk.dtype)
+
+
+def _sum_as(new: Tensor, old: Tensor) -> Tensor:
+    """`new` (N, k) scaled so that each row sums to what `old` sums to; rows that did not change keep their bits."""
+    was, now = (t.float().sum(-1, keepdim=True) for t in (old, new))
+    scaled = torch.where(now > 0, new * (was / now.clamp_min(1e-20)), new)
+    return torch.where((new == old).all(-1, keepdim=True), new, scaled)
+
+
+class _Barred(TorchFunctionMode):
+    """Inside a router's forward: logit -inf for some experts, and no choice of them where a bias is added later."""
+
+    def __init__(self, barred_E: Tensor) -> None:
+        super().__init__()
+        self.barred, self.seen = barred_E, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == len(self.barred):
+            args = (args[0].masked_fill(self.barred, -torch.inf), *args[1:])
+        out = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and out.shape[-1] == len(self.barred):
+            self.seen, out = True, out.masked_fill(self.barred, -torch.inf)
+        return out
+
+    def check(self, router: nn.Module) -> None:
+        """Raise `CapabilityError` unless the logits went by."""
+        if not self.seen:
+            raise CapabilityError(
+                f"{type(router).__name__} does not make its logits by a linear layer, so no expert can be kept "
+                "from being chosen; use mode='post_topk_renorm'"
+            )
