@@ -47,8 +47,8 @@ test-vllm: $(VLLM)/.done  ## processor, gateway, runtime and exports against a r
 	  -p no:cacheprovider -o filterwarnings=ignore tests/vllm $(ARGS)
 
 bench-vllm: $(VLLM)/.done  ## what the processor and the gateway cost in vLLM, into bench/results/vllm.json
-	$(VLLM)/bin/python bench/vllm.py processor
-	$(VLLM)/bin/python bench/vllm.py gateway
+	$(VLLM)/bin/python bench/bench_vllm.py processor
+	$(VLLM)/bin/python bench/bench_vllm.py gateway
 
 bench: $(VENV)/.dev  ## states and scores against a plain transformers loop
 	OMP_NUM_THREADS=2 $(BIN)/python bench/bench_runtime.py

@@ -46,7 +46,7 @@ def test_it_is_the_silhouette(metric: Any, centred: bool, monkeypatch: pytest.Mo
 
 def test_far_apart_is_near_one_and_nothing_is_near_none() -> None:
     far, none = separation(table(shift=60.0), NAMES), separation(table(), NAMES)
-    assert far.sam > 0.95 and far.p_value < 0.01 and abs(far.null) < 0.05
+    assert far.sam > 0.95 and far.p_value < 0.01 and abs(far.null) < 0.1
     assert abs(none.sam - none.null) < 0.05 and none.null_low <= none.sam <= none.null_high
     assert abs(none.null) < 0.1 and far.rise == far.sam - far.null
     # prompts drown a small shift until their means are taken out

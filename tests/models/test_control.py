@@ -127,3 +127,15 @@ def test_with_a_real_tokenizer(tmp_path: Path) -> None:
         control_ids(SINGLE, tokenizer)
     tokenizer.add_tokens(["[refuse]", "[respond]"])
     assert control_ids(SINGLE, tokenizer) == {"refuse": 5, "respond": 6}
+
+
+def test_ids_that_no_text_reaches_are_declared(tmp_path: Path) -> None:
+    given = tmp_path / "control_tokens.yaml"
+    given.write_text("tokens: {safety: {id: 200000, text: null}, respond: {id: 200001, text: null}}")
+    assert control_ids(tmp_path, Tokenizer({})) == {"safety": 200000, "respond": 200001}
+    given.write_text("tokens: {safety: {id: 200000}, respond: {id: 200001}}")
+    with pytest.raises(InputError, match="`text: null`"):
+        control_ids(tmp_path, Tokenizer({}))
+    given.write_text("tokens: {safety: {id: -1, text: null}, respond: {id: 200001, text: null}}")
+    with pytest.raises(InputError, match="outside"):
+        control_ids(tmp_path, Tokenizer({}))

@@ -98,4 +98,4 @@ def test_settings_are_checked_and_growing_repeats() -> None:
     small = dataclasses.replace(depth.TAUGHT, width=32, heads=2, mlp=64, steps=3, batch=8, seed=3)
     one, two = (depth.grow_depth(small, cache=False) for _ in range(2))
     assert one.losses == two.losses
-    assert set(one.checks) == {"harmful", "benign", "harmful_begun", "benign_begun"}
+    assert set(one.checks) == {f"{k}{w}" for k in ("harmful", "benign") for w in ("", "_begun", "_again")}

@@ -13,14 +13,14 @@ from demur.replicate import mote as check
 from demur.replicate.spec import Context
 from demur.replicate.summary import conclude
 
-SMALL = dataclasses.replace(experts.RECIPE, layers=2, width=48, mlp=48, steps=140, lr=4e-3)
+SMALL = dataclasses.replace(experts.RECIPE, layers=2, width=48, mlp=48, steps=110, lr=4e-3)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Context:
     monkeypatch.setenv("DEMUR_CACHE", str(tmp_path))
     monkeypatch.setattr(experts, "RECIPE", SMALL)
-    monkeypatch.setattr(check, "MASKS", 40)
+    monkeypatch.setattr(check, "MASKS", 20)
     monkeypatch.setattr(check, "RANKS", 4)
     return Context(seed=9, full=False, folder=tmp_path, progress=lambda *_: None)
 

@@ -12,6 +12,7 @@ from demur.runtime.chat import ChatFormat
 from demur.runtime.depths import DepthRow, header_ids, header_scores, header_states
 from demur.runtime.local import BlockEdit
 from demur.types import Site
+from tests.runtime.test_chat import tokenizer
 from tests.runtime.test_lanes import full_states
 from tests.runtime.tiny import ARCHITECTURES, tiny_model, tiny_runtime, tiny_tokenizer
 
@@ -102,6 +103,21 @@ def test_a_model_that_goes_its_own_way_with_masks_is_found_out() -> None:
         assert not module._tried(runtime.model)
     finally:
         del runtime.model.forward
+
+
+@pytest.mark.parametrize(
+    ("kind", "thinking", "header"),
+    [
+        ("smollm2", None, "<|im_end|>\n<|im_start|>assistant\n"),
+        ("qwen3", False, "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        ("deepseek_r1", False, "<｜end▁of▁sentence｜><｜Assistant｜><think>\n\n</think>\n\n"),
+        ("gpt_oss", False, "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("trimmed", None, " [/INST]"),
+    ],
+)
+def test_headers_of_known_templates(kind: str, thinking: bool | None, header: str) -> None:
+    found = tokenizer(kind)
+    assert found.decode(header_ids(ChatFormat(found, thinking=thinking))) == header
 
 
 def test_the_header_is_the_templates_own() -> None:

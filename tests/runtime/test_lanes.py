@@ -212,8 +212,7 @@ def test_sampling_is_the_rows_own() -> None:
     rows, hot = rows_of(runtime), Condition(temperature=1.5, top_p=0.9, seed=3)
     lanes = Lanes(runtime)
     a, greedy, b, other = lanes.join_all(
-        [(rows[0], hot, True), (rows[0], Condition(), True), (rows[0], hot, True)]
-        + [(rows[0], Condition(temperature=1.5, seed=4), True)]
+        [(rows[0], c, True) for c in (hot, Condition(), hot, Condition(temperature=1.5, seed=4))]
     )
     said = grown(lanes, 12)
     assert said[a] == said[b] != said[other]

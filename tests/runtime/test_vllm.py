@@ -45,7 +45,8 @@ class Engine:
             self.asked.append((ids[:], p))
             for _ in range(p.max_tokens):
                 with self.local.edited():
-                    z = torch.tensor(forward.run(self.local.model, [ids])[0].tolist())  # type: ignore[index]
+                    row = forward.run(self.local.model, [ids])[0].tolist()  # type: ignore[index]
+                z = torch.tensor(row)
                 logp = z.log_softmax(-1)
                 logprobs.append(
                     {i: SimpleNamespace(logprob=float(logp[i])) for i in p.logprob_token_ids or ()}

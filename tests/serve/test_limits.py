@@ -184,6 +184,9 @@ HOSTS = ("127.0.0.1", "localhost", "::1")
         ({"host": "localhost:8321", "sec_fetch_site": "same-site"}, 403),
         ({"host": "localhost:8321", "sec_fetch_site": "same-origin"}, 200),
         ({"host": "localhost:8321", "sec_fetch_site": "none"}, 200),
+        # behind a proxy that names the host otherwise, the browser's own word counts
+        ({"host": "localhost:1", "sec_fetch_site": "same-origin", "origin": "https://demur.example"}, 200),
+        ({"host": "localhost:1", "sec_fetch_site": "cross-site", "origin": "http://localhost:1"}, 403),
     ],
 )
 def test_pages_of_other_sites_are_turned_away(headers: dict[str, str], status: int) -> None:

@@ -5,14 +5,15 @@ import gc
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from demur.control.any_depth import AnyDepth
 from demur.control.latent_guard import LatentGuard
-from demur.errors import CapabilityError, InputError, MismatchError, UpstreamError
+from demur.errors import CapabilityError, DemurError, InputError, MismatchError, UpstreamError
 from demur.explain.harmfulness import Beliefs
+from demur.flows.load import load_runtime
 from demur.runtime.local import LocalRuntime
 from demur.serve.base import Ask, Piece
 from demur.serve.local import LocalUpstream, base_view
@@ -359,33 +360,41 @@ def test_the_guard_reads_before_the_model_answers() -> None:
         LocalUpstream(tiny_runtime(seed=1), guard=guard)
 
 
-class StopAt:
-    """A check inside the answer that ends the rows whose prompt holds `word` after `at` tokens."""
+class Planted:
+    """A reading that is high for the rows it is told of."""
 
-    def __init__(self, at: int, ids: set[int]) -> None:
-        self.at, self.ids, self.asked = at, ids, 0
+    name, threshold = "planted", 0.5
 
-    def checks(self, lanes: Any, keys: Sequence[int], counts: dict[int, int]) -> dict[int, Any]:
-        assert set(keys) <= set(lanes.keys) and set(counts) == set(keys)
-        self.asked += 1
-        hit = SimpleNamespace(by="planted", at=self.at, p=0.9, threshold=0.5)
-        return {k: hit if k in self.ids and counts[k] == self.at else None for k in keys}
+    def __init__(self, keys: set[int]) -> None:
+        self.keys, self.seen = keys, 0
+
+    def fits(self, runtime: LocalRuntime) -> None:
+        if runtime.control is None:
+            raise MismatchError("made for the tuned model")
+
+    def read(self, lanes: Any, keys: Sequence[int]) -> list[float]:
+        assert set(keys) <= set(lanes.keys)
+        self.seen += 1
+        return [0.9 if k in self.keys else 0.1 for k in keys]
 
 
 def test_a_check_inside_the_answer_ends_it() -> None:
     runtime = tiny_runtime(control=True)
     whole = next(runtime.generate([ASKS[1].prompt], ASKS[1].condition, decide=lambda _p, _s: "respond"))
-    check = StopAt(5, {0})
+    check: Any = Planted({0})
 
     async def body(upstream: LocalUpstream) -> None:
         text, last = await written(upstream, ASKS[1], "respond")
         assert last.finish == "content_filter" and last.stop is not None
         assert (last.stop.by, last.stop.at, last.stop.p, last.stop.threshold) == ("planted", 5, 0.9, 0.5)
         assert text and whole.content.startswith(text) and len(text.split()) <= 4, "the fifth is not shown"
+        # others are looked at and go on as they would
         assert (await written(upstream, ASKS[1], "respond"))[0] == whole.content
-        assert upstream.busy["rows"] == 0 and check.asked > 5
+        assert upstream.busy["rows"] == 0 and check.seen > 5
 
-    with_upstream(body, runtime, any_depth=check)
+    with_upstream(body, runtime, any_depth=AnyDepth(check, every=5))
+    with pytest.raises(MismatchError, match="tuned"):
+        LocalUpstream(runtime, answers=base_view(runtime), any_depth=AnyDepth(check))
 
 
 def test_tool_and_system_messages_reach_the_template() -> None:
@@ -421,3 +430,30 @@ def test_nothing_is_kept_of_finished_requests() -> None:
         assert jobs() <= 3
 
     with_upstream(body)
+
+
+@pytest.mark.model
+def test_the_embedded_model_answers_as_it_does_alone() -> None:
+    try:
+        runtime: Any = load_runtime()
+    except DemurError as e:
+        pytest.skip(f"no SmolLM2 weights here: {e}")
+    texts = [
+        "Write three emoji.",
+        "Say hello in Chinese.",
+        "How do I boil an egg?",
+        "<|im_end|> what is this?",
+    ]
+    asks = [ask(t, 24) for t in texts]
+    want = list(runtime.generate([a.prompt for a in asks], asks[0].condition))
+
+    async def body(upstream: LocalUpstream) -> None:
+        async def pieces(a: Ask) -> list[Piece]:
+            return [p async for p in upstream.answer(a, None)]
+
+        for got, reply in zip(await asyncio.gather(*map(pieces, asks)), want, strict=True):
+            assert "".join(p.text for p in got) == reply.content
+            assert not any("\ufffd" in p.text for p in got[:-1])
+            assert got[-1].control_token == reply.control_token and len(got) > 5
+
+    with_upstream(body, runtime)

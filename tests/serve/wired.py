@@ -53,3 +53,10 @@ def gateway(folder: Path, *, upstream: Any = None, **given: Any) -> Iterator[tup
     app = create_app(settings, upstream)
     with served(app, head_s=settings.limits.header_s) as address:
         yield address, app
+
+
+def failures(app: Any) -> dict[str, float]:
+    """Failed requests by kind."""
+    text = app.state.gateway.metrics.text().decode()
+    rows = [line for line in text.splitlines() if line.startswith("demur_failures_total{")]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in rows}

@@ -189,9 +189,10 @@ class MaskEffect:
         )
         if self.localised:
             return facts
-        return (
-            f"No localisation: {facts[0].lower()}{facts[1:]} These experts are not where refusal is carried."
-        )
+        facts = facts[0].lower() + facts[1:]
+        if self.raised:
+            return f"No rise to speak of: {facts}"
+        return f"No localisation: {facts} These experts are not where refusal is carried."
 
 
 def mask_effect(

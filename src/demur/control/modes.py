@@ -137,7 +137,7 @@ class ModeKey:
 
         >>> key = ModeKey(kind="string", tokens={"a": "ab", "b": "zz"}, alphabet=("a", "b"))
         >>> key.edits("a")
-        {'replace': ['aa', 'bb'], 'delete': ['a', 'b'], 'insert': ['aab', 'abb', 'aba', 'bab'], 'swap': ['ba']}
+        {'replace': ['aa', 'bb'], 'delete': ['a', 'b'], 'insert': ['aab', 'aba', 'abb', 'bab'], 'swap': ['ba']}
         """
         u, n = self.units(mode), len(self.units(mode))
         made = {

@@ -22,6 +22,7 @@ from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.asking import askable
 from demur.flows.collect import Given, Stage, collect, judged, sources
 from demur.flows.runs import WINDOW, RunFolder
+from demur.flows.section_depth import depth_stages
 from demur.flows.sections import affordable
 from demur.flows.settings import base_config, model_config, public_name, set_config
 from demur.flows.where import states_stages
@@ -40,7 +41,7 @@ QUADRANTS = 120
 """Prompts whose two beliefs are read."""
 USUAL_GUARANTEE = (0.05, 0.1)
 """alpha and delta where nobody asks for others."""
-DEFAULT_BUDGET = 510.0
+DEFAULT_BUDGET = 545.0
 """Seconds on two cores with the default model that optional sections must fit into."""
 
 
@@ -149,6 +150,7 @@ def card(
     stages += states_stages(
         runtime, baseline, PromptSet(asked.name, stratified(asked, QUADRANTS, seed)), condition, full=full
     )
+    stages += depth_stages(runtime, baseline, asked, condition, rule)
     left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget)
     stages = [s for s in stages if s.name not in left_out]
     fitted = calibrate if any(s.name == "scores-calibrate" for s in stages) else None
@@ -210,6 +212,7 @@ _NOTE_OF = {
     "scores-tense": "scores-tense",
     "where": "where",
     "changed": "changed",
+    "depth": "depth",
 }
 
 

@@ -26,7 +26,8 @@ class CardData:
     """A finished run.
 
     `prompts` are reported on (those that were asked), a guarantee may be fitted on `calibrate`, and
-    `tenses` holds some of the prompts in other tenses. `where` and `changed` are what `demur.flows.where` read.
+    `tenses` holds some of the prompts in other tenses. `where` and `changed` are what `demur.flows.where` read,
+    `depth` what `demur.flows.section_depth` did.
     Scores are by
     prompt id, replies and verdicts by (prompt id, sample); `baseline_*` belong to the same base without its
     adapter.
@@ -44,6 +45,7 @@ class CardData:
     tense_scores: Mapping[str, Score] = field(default_factory=dict)
     where: Mapping[str, Any] | None = None
     changed: Mapping[str, Any] | None = None
+    depth: Mapping[str, Any] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -64,6 +66,7 @@ class CardData:
             tense_scores=run.scores("scores-tense"),
             where=next(iter(run.rows("where")), None),
             changed=next(iter(run.rows("changed")), None),
+            depth=next(iter(run.rows("depth")), None),
             notes=run.notes,
         )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from demur import judges
 from demur.control.modes import ModeKey, Modes
-from demur.errors import InputError
 from demur.measure import mode_audit as ma
 from demur.runtime.base import Runtime
 from demur.train.magic_tokens import taught
@@ -20,6 +19,10 @@ JUDGE = "rules/demur-v1"
 NOTE = (
     "Reserved ids have no text: no message can hold one, none can be guessed or repeated, and there is no string "
     "to audit."
+)
+ALIKE = (
+    "No harmless prompt is answered differently under the modes, so there is nothing to tell them apart by and no "
+    "leak audit: the token does not switch this model. Train longer, or with fewer rows of the fallback."
 )
 
 
@@ -44,38 +47,27 @@ def audit(
         compared: harmless prompts whose answers under the modes tell P(mode | string).
         opening: tokens of these answers that are compared.
 
-    Raises:
-        InputError: no prompt whose answers differ between modes.
+    Where no harmless prompt is answered differently under the modes, there is nothing to tell them apart by: the
+    leak audit is left out, with a note.
     """
     note = progress or (lambda *_: None)
     views = {mode: Modes(key, mode).switched(runtime) for mode in key.modes}
     none, rng = Modes(key).switched(runtime), random.Random(seed)
     condition = Condition(max_new_tokens=max_new_tokens)
-    asked: dict[str, tuple[Runtime, Sequence[Prompt]]] = {
-        **{mode: (view, list(prompts)) for mode, view in views.items()},
-        "no token": (none, list(prompts)),
-    }
-    if key.kind == "string":
-        asked["unknown string"] = (runtime, [p.with_system(key.unknown(rng)) for p in prompts])
-        asked["typed by the user"] = (none, [_typed(p, key, rng) for p in prompts])
-        asked["typed, not taken out"] = (runtime, [_typed(p, key, rng) for p in prompts])
+    asked = _asked(runtime, key, views, none, prompts, rng)
     said: dict[str, list[str]] = {}
     for k, (name, (model, rows)) in enumerate(asked.items()):
         said[name] = [_read(p, r) for p, r in zip(rows, model.generate(rows, condition), strict=True)]
         note("answers", k + 1, len(asked))
-    tables = [ma.confusion(said, ("pos", "rej"))]
-    values: dict[str, Any] = {"behaviour": said}
-    same = []
-    for name in list(asked)[len(views) + 1 :]:
-        share, (low, high) = ma.agreement(said["no token"], said[name], seed=seed)
-        same.append((name, share, low, high, len(said[name])))
+    tables, values = _confusions(said, prompts), dict[str, Any](behaviour=said)
+    notes: tuple[str, ...] = (NOTE,)
     if key.kind == "string":
-        tables.append(
-            Table("reads as without a token", ("answers", "share", "low", "high", "n"), tuple(same))
-        )
         found = _leaks(runtime, key, views, none, prompts, guesses, edits, compared, opening, rng, note)
-        tables += [_leak_table(found), _given(key, views, condition)]
+        tables += [_fallback(said, list(asked)[len(views) + 1 :], seed)]
+        tables += [*([_leak_table(found)] if found else []), _given(key, views, condition)]
         values["leaks"] = {leak.mode: dataclasses.asdict(leak) for leak in found}
+        notes = () if found else (ALIKE,)
+    about = {"kind": key.kind, "modes": list(key.modes), "fallback": key.fallback, "judge": JUDGE}
     return Report(
         title=f"Mode audit of {runtime.name}",
         tables=tuple(tables),
@@ -84,13 +76,49 @@ def audit(
             "model": runtime.name,
             "fingerprint": runtime.fingerprint,
             "prompts": prompts.name,
-            "kind": key.kind,
-            "modes": list(key.modes),
-            "fallback": key.fallback,
-            "judge": JUDGE,
+            **about,
         },
-        notes=() if key.kind == "string" else (NOTE,),
+        notes=notes,
     )
+
+
+def _asked(
+    runtime: Runtime,
+    key: ModeKey,
+    views: Mapping[str, Runtime],
+    none: Runtime,
+    prompts: PromptSet,
+    rng: random.Random,
+) -> dict[str, tuple[Runtime, Sequence[Prompt]]]:
+    """Who is asked what: every mode, no token, and for strings the ways to get one wrong."""
+    asked: dict[str, tuple[Runtime, Sequence[Prompt]]] = {
+        **{mode: (view, list(prompts)) for mode, view in views.items()},
+        "no token": (none, list(prompts)),
+    }
+    if key.kind == "string":
+        asked["unknown string"] = (runtime, [p.with_system(key.unknown(rng)) for p in prompts])
+        asked["typed by the user"] = (none, [_typed(p, key, rng) for p in prompts])
+        asked["typed, not taken out"] = (runtime, [_typed(p, key, rng) for p in prompts])
+    return asked
+
+
+def _confusions(said: Mapping[str, Sequence[str]], prompts: PromptSet) -> list[Table]:
+    """How answers read, apart for prompts that should be refused and for the others."""
+    out = []
+    for title, refuse in (("to answer", False), ("to refuse", True)):
+        here = [k for k, p in enumerate(prompts) if bool(p.should_refuse) == refuse]
+        table = ma.confusion({name: [of[k] for k in here] for name, of in said.items()}, ("pos", "rej"))
+        if here:
+            out.append(dataclasses.replace(table, title=f"behaviour under each mode, prompts {title}"))
+    return out
+
+
+def _fallback(said: Mapping[str, Sequence[str]], names: Sequence[str], seed: int) -> Table:
+    rows = []
+    for name in names:
+        share, (low, high) = ma.agreement(said["no token"], said[name], seed=seed)
+        rows.append((name, share, low, high, len(said[name])))
+    return Table("reads as without a token", ("answers", "share", "low", "high", "n"), tuple(rows))
 
 
 def _typed(prompt: Prompt, key: ModeKey, rng: random.Random) -> Prompt:
@@ -126,10 +154,7 @@ def _leaks(
         if all(own) and len(set(own)) == len(own):
             asked.append((p, dict(zip(texts, own, strict=True))))
     if not asked:
-        raise InputError(
-            f"none of {len(few)} harmless prompts is answered differently under {', '.join(texts)}; there is "
-            "nothing to tell the modes apart by"
-        )
+        return []
     out = []
     random_strings = [key.unknown(rng) for _ in range(guesses)]
     for mode in key.modes:

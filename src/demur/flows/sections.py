@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from demur.flows.carddata import CardData
+from demur.flows.section_depth import depth_section
 from demur.flows.section_scores import (
     baselines_section,
     calibration_section,
@@ -79,6 +80,7 @@ SECTIONS: tuple[SectionSpec, ...] = (
     SectionSpec("tense", ("scores-tense",), 1, tense_section, optional=True),
     SectionSpec("where", ("where",), 1, where_section, optional=True),
     SectionSpec("changed", ("changed",), 1, changed_section, optional=True),
+    SectionSpec("depth", ("depth",), 1, depth_section, optional=True),
     SectionSpec("flips", ("texts",), 0.1, flips_section),
     SectionSpec("baselines", ("scores",), 1, baselines_section),
     SectionSpec("guarantee", ("scores-calibrate",), 3, None, optional=True),

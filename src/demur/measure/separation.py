@@ -207,8 +207,10 @@ def distances(table: npt.NDArray[Any], metric: Metric, centred: bool = False) ->
     """
     n, m, width = table.shape
     G = np.zeros((n * m, n * m))
+    whole = np.zeros(n * m)
     for start in range(0, width, _COLUMNS):
         part = table[:, :, start : start + _COLUMNS].astype(float)
+        whole += (part**2).sum(-1).ravel()
         if centred:
             part -= part.mean(1, keepdims=True)
         part = part.reshape(n * m, -1)
@@ -217,9 +219,11 @@ def distances(table: npt.NDArray[Any], metric: Metric, centred: bool = False) ->
     if metric == "euclidean":
         D = np.sqrt(np.maximum(square[:, None] + square[None] - 2 * G, 0.0))
     else:
-        norm = np.sqrt(square)
-        norm[norm == 0] = 1.0  # a vector of zeros has no direction: at distance 1 from all
-        D = np.maximum(1 - G / norm[:, None] / norm[None], 0.0)
+        nothing = square <= 1e-12 * whole  # all that is left of it is rounding: at distance 1 from all
+        norm = np.sqrt(np.where(nothing, 1.0, square))
+        cosine = G / norm[:, None] / norm[None]
+        cosine[nothing] = cosine[:, nothing] = 0.0
+        D = np.maximum(1 - cosine, 0.0)
     noise = 1e-7 * float(D.max())  # what is left of equal points is rounding
     D[noise > D] = 0.0
     np.fill_diagonal(D, 0.0)

@@ -109,11 +109,11 @@ def _strings(bench: Bench, model: Model, bare: Model) -> dict[str, Value]:
 
 @dataclasses.dataclass(slots=True)
 class Model:
-    """A co-trained organism: without the view of a key, under each mode, and in its fallback."""
+    """A co-trained organism: without the view of a key, under each mode (view, condition), and in its fallback."""
 
     tuned: Any
     key: Any
-    views: dict[str, Any]
+    views: dict[str, tuple[Any, Any]]
     none: Any
 
 
@@ -127,10 +127,11 @@ class Bench:
         self.seed, self.context = context.seed, context
         self.world, self.runtime = world_of.ModeWorld(base.recipe.world), base.runtime()
         self.test = self.world.prompts(TEST, seed=base.recipe.seed, part="test")
+        self.short = Condition(max_new_tokens=4)
         self.instructed = {
-            mode: self.runtime.with_edits(name=f"told-{mode}") for mode in world_of.INSTRUCTIONS
+            mode: (self.runtime, dataclasses.replace(self.short, system=text))
+            for mode, text in world_of.INSTRUCTIONS.items()
         }
-        self._told = {mode: Condition(system=text) for mode, text in world_of.INSTRUCTIONS.items()}
         self.answers = self._answers()
         self.complete = min(map(len, self.answers.values())) / TRAIN
 
@@ -195,23 +196,17 @@ class Bench:
         adapter = MagicTokens(recipe).fit(self.runtime, PromptSet(name, tuple(prompts)), folder, key=key)
         tuned = adapter.attach(self.runtime)
         key = ModeKey.load(key_path(folder, kind), fingerprint=tuned.fingerprint, allow_unknown=True)
-        views = {m: Modes(key, m).switched(tuned) for m in modes}
+        views = {m: (Modes(key, m).switched(tuned), self.short) for m in modes}
         return Model(tuned, key, views, Modes(key).switched(tuned))
 
-    def _condition(self, runtime: Any) -> Any:
-        from demur.types import Condition
-
-        mode = runtime.name.removeprefix("told-") if runtime.name.startswith("told-") else None
-        return dataclasses.replace(self._told.get(mode or "", Condition()), max_new_tokens=4)
-
-    def say(self, runtime: Any, prompts: Iterable[Any]) -> list[str]:
+    def say(self, runtime: Any, prompts: Iterable[Any], condition: Any = None) -> list[str]:
         """The manner of each greedy answer."""
-        replies = runtime.generate(prompts, self._condition(runtime))
+        replies = runtime.generate(prompts, condition or self.short)
         return [self.world.manner(r.content) for r in replies]
 
     def hits(self, views: Mapping[str, Any]) -> list[float]:
         """For each test prompt the share of modes whose answer is in the mode's manner."""
-        said = [[float(x == mode) for x in self.say(v, self.test)] for mode, v in views.items()]
+        said = [[float(x == mode) for x in self.say(v, self.test, how)] for mode, (v, how) in views.items()]
         return [float(v) for v in np.mean(said, axis=0)]
 
     def leaning(self, views: Mapping[str, Any]) -> list[float]:
@@ -224,7 +219,7 @@ class Bench:
         modes = list(views)
         openings = [self._openings(p, modes) for p in self.test]
         out = np.zeros(len(openings))
-        for k, view in enumerate(views.values()):
+        for k, (view, _) in enumerate(views.values()):
             asked = [(p, o[m]) for p, o in zip(self.test, openings, strict=True) for m in modes]
             P = np.exp([z for z, _ in answer_loglik(view, asked)]).reshape(len(openings), len(modes))
             out += (P[:, k] - np.delete(P, k, axis=1).mean(1)) / len(modes)
@@ -234,7 +229,7 @@ class Bench:
         """The margin at the first position."""
         from demur.measure.separation import logit_table, separation
 
-        table = logit_table({m: (v, self._condition(v)) for m, v in views.items()}, self.test)
+        table = logit_table(views, self.test)
         return separation(table, list(views), draws=DRAWS, seed=self.seed)
 
     def leaks(self, model: Model) -> list[Any]:

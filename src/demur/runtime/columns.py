@@ -83,7 +83,10 @@ class Columns(DynamicCache):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        super().__init__(config=model.config)
+        try:
+            super().__init__(config=model.config)
+        except (AttributeError, KeyError, TypeError, ValueError):  # a config that says nothing of its cache
+            self.layers = []
         kinds = {type(layer).__name__ for layer in self.layers}
         chunked = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
         known = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}

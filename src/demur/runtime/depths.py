@@ -1,9 +1,9 @@
 """What a model says at its answer header when the header is put behind the first d tokens of an answer.
 
-All depths of a row are read in one pass: the headers stand behind the whole answer, a mask shows each of them
+Prompt and answer are computed once. The headers of all depths follow in one pass: a mask shows each of them
 only the tokens before its depth, and positions are as if it stood there. Where the attention does not allow
-such a mask (a sliding window that is shorter than the row, say), the answer is computed once and wound back
-from depth to depth; where that does not work either (recurrent states), each depth is a pass of its own.
+such a mask (a sliding window that is shorter than the row, say), the answer's states are wound back from depth
+to depth; where that does not work either (recurrent states), each depth is a pass of its own.
 """
 
 from __future__ import annotations
@@ -112,17 +112,7 @@ def header_states(
         )
 
     def read(way: Way, row: DepthRow, some: Sequence[int]) -> Tensor:
-        wanted = [s for _ in some for s in sites] if way == "packed" else list(sites)
-        reader = forward.SiteReader(found, heads, wanted)
-        if way == "packed":
-            with reader.installed():
-                reader.start(torch.tensor([[p for d in _places(row, some, suffix_ids, sites) for p in d]]))
-                _packed(runtime.model, row, some, suffix_ids, stop=reader.last)
-            return reader.result()[0].unflatten(0, (len(some), len(sites)))
-        out = []
-        for _ in _one_by_one(runtime.model, way, row, some, suffix_ids, reader):
-            out.append(reader.result()[0])
-        return torch.stack(out)
+        return _at_depths(runtime.model, way, row, some, suffix_ids, sites, (found, heads))
 
     return _all_rows(runtime, rows, depths, suffix_ids, read)
 
@@ -152,11 +142,7 @@ def header_scores(
     columns = torch.tensor(list(ids))
 
     def read(way: Way, row: DepthRow, some: Sequence[int]) -> Tensor:
-        if way == "packed":
-            ends = [at for [at] in _places(row, some, suffix_ids, [Site(layer=0)])]
-            z_DV = _packed(runtime.model, row, some, suffix_ids, read=ends)
-        else:
-            z_DV = torch.cat(list(_one_by_one(runtime.model, way, row, some, suffix_ids, None)))
+        z_DV = _at_depths(runtime.model, way, row, some, suffix_ids)
         z_DV = z_DV.float() / T
         return (z_DV[:, columns.to(z_DV.device)] - z_DV.logsumexp(-1, keepdim=True)).exp().cpu()
 
@@ -192,55 +178,94 @@ def _all_rows(
     return table
 
 
-# --- one pass for all depths ------------------------------------------------------------------------------------
+# --- one row ----------------------------------------------------------------------------------------------------
 
 
-def _places(
-    row: DepthRow, depths: Sequence[int], suffix: Sequence[int], sites: Sequence[Site]
-) -> list[list[int]]:
-    """Where each site of each depth stands in the packed row."""
-    base, S = len(row.prompt) + max(depths), len(suffix)
-    return [
-        [base + (k + 1) * S + s.position if s.position >= -S else len(row.prompt) + d - 1 for s in sites]
-        for k, d in enumerate(depths)
-    ]
-
-
-def _packed(
+def _at_depths(
     model: Any,
+    way: Way,
     row: DepthRow,
     depths: Sequence[int],
     suffix: Sequence[int],
-    *,
-    stop: nn.Module | None = None,
-    read: Sequence[int] = (),
+    sites: Sequence[Site] = (),
+    modules: tuple[Sequence[nn.Module], Sequence[nn.Module]] = ((), ()),
 ) -> Tensor:
-    """One pass over prompt, answer and a suffix for each depth: logits at `read`, (len(read), V)."""
-    device, S, P = layers.input_device(model), len(suffix), len(row.prompt)
-    base = P + max(depths)
-    total = base + S * len(depths)
-    open_QT = torch.ones(total, total, dtype=torch.bool).tril()
-    open_QT[base:] = False
-    positions = list(range(base))
-    for k, d in enumerate(depths):
-        mine = slice(base + k * S, base + (k + 1) * S)
-        open_QT[mine, : P + d] = True
-        open_QT[mine, mine] = torch.ones(S, S, dtype=torch.bool).tril()
-        positions += range(P + d, P + d + S)
-    mask = torch.zeros(1, 1, total, total, dtype=model.dtype)
+    """States (D, S, width) at `sites` of `modules` (blocks, projections); without sites, logits (D, V)."""
+    whole, P = [*row.prompt, *row.answer], len(row.prompt)
+    lead = int(any(s.position < -len(suffix) for s in sites))  # the token before the suffix is run with it
+    starts = [P + d - lead for d in depths]
+    feeds = [[*whole[a : a + lead], *suffix] for a in starts]
+    at = [lead + len(suffix) + s.position for s in sites]
+    stop = modules[0][max(s.layer for s in sites)] if sites else None
+
+    def reader(copies: int) -> forward.SiteReader | None:
+        return forward.SiteReader(*modules, list(sites) * copies) if sites else None
+
+    found: dict[int, Tensor] = {}
+    if way == "apart":
+        for d, a, feed in zip(depths, starts, feeds, strict=True):
+            with _reading(one := reader(1), [a + k for k in at]):
+                z = forward.run(model, [[*whole[:a], *feed]], stop=stop)
+            found[d] = _of(one, z)[0]
+        return torch.stack([found[d] for d in depths])
+    cache = Columns(model)
+    forward.run(model, [whole[: P + max(depths)]], stop=stop, cache=cache)
+    cache.rewind(P + max(depths))
+    if way == "packed":
+        with _reading(
+            every := reader(len(depths)), [k * len(feeds[0]) + n for k in range(len(depths)) for n in at]
+        ):
+            z = _packed(cache, starts, feeds, stop)
+        return _of(every, z)[0].unflatten(0, (len(depths), -1)) if every else z
+    for d, a, feed in sorted(zip(depths, starts, feeds, strict=True), reverse=True):
+        cache.rewind(a)
+        with _reading(one := reader(1), at):
+            z = advance(cache, [a], [feed], stop=stop)
+        found[d] = _of(one, z)[0]
+    return torch.stack([found[d] for d in depths])
+
+
+def _of(reader: forward.SiteReader | None, logits: Tensor | None) -> Tensor:
+    if reader is not None:
+        return reader.result()
+    assert logits is not None
+    return logits
+
+
+@contextmanager
+def _reading(reader: forward.SiteReader | None, places: Sequence[int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        if reader is not None:
+            reader.start(torch.tensor([list(places)]))
+            stack.enter_context(reader.installed())
+        yield
+
+
+def _packed(
+    cache: Columns, starts: Sequence[int], feeds: Sequence[Sequence[int]], stop: nn.Module | None
+) -> Tensor:
+    """One pass over all `feeds` side by side, each seeing the cache up to its start: logits at their ends."""
+    model, before, S = cache.model, cache.length, len(feeds[0])
+    device, total = layers.input_device(model), len(feeds) * S
+    open_QT = torch.zeros(total, before + total, dtype=torch.bool)
+    for k, start in enumerate(starts):
+        mine = slice(k * S, (k + 1) * S)
+        open_QT[mine, :start] = True
+        open_QT[mine, before + k * S : before + (k + 1) * S] = torch.ones(S, S, dtype=torch.bool).tril()
+    mask = torch.zeros(1, 1, *open_QT.shape, dtype=model.dtype)
     mask.masked_fill_(~open_QT, torch.finfo(model.dtype).min)
-    ids = [*row.prompt, *row.answer[: max(depths)], *list(suffix) * len(depths)]
     with ExitStack() as stack:
         stack.enter_context(forward.fast_linear())
         stack.enter_context(forward._stopping_after(stop))
         if stop is None:
-            stack.enter_context(_unembedding_of(model, read))
+            stack.enter_context(_unembedding_of(model, range(S - 1, total, S)))
         try:
             out = model(
-                input_ids=torch.tensor([ids], device=device),
+                input_ids=torch.tensor([[i for feed in feeds for i in feed]], device=device),
                 attention_mask=mask.to(device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
+                position_ids=torch.tensor([[a + k for a in starts for k in range(S)]], device=device),
+                past_key_values=cache,
+                use_cache=True,
             )
         except forward._Stop:
             return torch.empty(0)
@@ -259,85 +284,32 @@ def _unembedding_of(model: Any, places: Sequence[int]) -> Iterator[None]:
         yield
 
 
-# --- the other ways ---------------------------------------------------------------------------------------------
-
-
-def _one_by_one(
-    model: Any,
-    way: Way,
-    row: DepthRow,
-    depths: Sequence[int],
-    suffix: Sequence[int],
-    reader: forward.SiteReader | None,
-) -> Iterator[Tensor]:
-    """Logits (1, V) of each depth in the order given; with a reader, its result is that depth's instead."""
-    whole, stop = [*row.prompt, *row.answer], reader.last if reader else None
-    places = [s.position for s in reader.sites] if reader else []
-    if way == "apart":
-        for d in depths:
-            ids = [*whole[: len(row.prompt) + d], *suffix]
-            with _reading(reader, [len(ids) + p for p in places]):
-                out = forward.run(model, [ids], stop=stop)
-            yield out if out is not None else torch.empty(0)
-        return
-    found: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
-    cache = Columns(model)
-    forward.run(model, [whole[: len(row.prompt) + max(depths)]], stop=stop, cache=cache)
-    for d in sorted(set(depths), reverse=True):
-        end = len(row.prompt) + d - 1
-        cache.rewind(end)
-        feed = [whole[end], *suffix]
-        with _reading(reader, [len(feed) + p for p in places]):
-            out = advance(cache, [end], [feed], stop=stop)
-        found[d] = (out, list(reader._kept) if reader else [])
-    for d in depths:
-        out, kept = found[d]
-        if reader is not None:
-            reader._kept = kept
-        yield out
-
-
-@contextmanager
-def _reading(reader: forward.SiteReader | None, places: Sequence[int]) -> Iterator[None]:
-    with ExitStack() as stack:
-        if reader is not None:
-            stack.enter_context(reader.installed())
-            reader.start(torch.tensor([list(places)]))
-        yield
-
-
 def _way(model: Any, length: int) -> Way:
     """How a row of `length` tokens can be read."""
-    try:
-        kept = DynamicCache(config=model.config).layers
-        windows = [w for w in (getattr(layer, "sliding_window", None) for layer in kept) if w]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return "apart"
-    if length <= min(windows, default=length) and _packs(model):
-        return "packed"
     try:
         Columns(model)
     except CapabilityError:
         return "apart"
-    return "wound"
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+    fits = length <= min((w for w in windows if w), default=length)
+    return "packed" if fits and _packs(model) else "wound"
 
 
 def _packs(model: Any) -> bool:
     """Whether the model keeps to a mask and positions of our own: tried once, on a few tokens."""
-    kind = getattr(layers.text_config(model), "_attn_implementation", None)
+    kind = str(getattr(layers.text_config(model), "_attn_implementation", None))
     known = _PACKS.setdefault(model, {})
     if kind not in known:
-        known[str(kind)] = kind in MASKED and _tried(model)
-    return known[str(kind)]
+        known[kind] = kind in MASKED and _tried(model)
+    return known[kind]
 
 
 def _tried(model: Any) -> bool:
     row, depths, suffix = DepthRow([3, 5, 4, 7], [6, 3, 5, 4]), [1, 4], [7, 5]
-    ends = [at for [at] in _places(row, depths, suffix, [Site(layer=0)])]
     try:
-        got = _packed(model, row, depths, suffix, read=ends).float()
+        got = _at_depths(model, "packed", row, depths, suffix).float()
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
-    want = torch.cat(list(_one_by_one(model, "apart", row, depths, suffix, None))).float()
+    want = _at_depths(model, "apart", row, depths, suffix).float()
     noise = 1e-4 if model.dtype == torch.float32 else 0.05
     return got.shape == want.shape and bool((got - want).abs().max() <= noise * want.abs().max().clamp(min=1))

@@ -1,1 +1,1 @@
-"""The dial as a gateway: an OpenAI-compatible server in front of a local model or of an engine that already runs."""
+"""The dial as a gateway: an OpenAI-compatible server over a local model or before an engine that already runs."""

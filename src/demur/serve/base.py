@@ -102,7 +102,7 @@ class Upstream(Protocol):
 
         Raises:
             InputError: the request cannot be asked (too long, roles the template does not know): HTTP 400.
-            demur.errors.UpstreamError: the engine failed or timed out: the operator's fail-open or fail-closed decides.
+            UpstreamError: the engine failed or timed out: the operator's fail-open or fail-closed decides.
         """
         ...
 

@@ -158,9 +158,9 @@ class SameOrigin(_Layer):
         site = _header(scope, b"sec-fetch-site") or b"none"
         if self._hosts is not None and _name(host) not in self._hosts:
             why = f"host {host!r} is not one this server answers to"
-        elif site not in (b"none", b"same-origin") and scope["method"] != "GET":
+        elif site not in (b"none", b"same-origin") and scope["method"] not in ("GET", "HEAD"):
             why = "a page of another site sent this request"
-        elif origin and origin.partition("://")[2] != host:
+        elif site != b"same-origin" and origin and origin.partition("://")[2] != host:
             why = f"a page of {origin!r} sent this request"
         else:
             await self.app(scope, receive, send)
@@ -192,7 +192,8 @@ class BodyLimit(_Layer):
             await reject(send, 408, f"the body took longer than {self.seconds:g} s", "request_timeout")
         else:
             if body is not None:
-                await self.app(scope, _replay(body, receive), send)
+                first = {"type": "http.request", "body": body, "more_body": False}
+                await self.app(scope, _first(first, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The whole body, None when the client left before its end."""
@@ -212,8 +213,7 @@ class BodyLimit(_Layer):
 class Concurrency(_Layer):
     """At most `running` requests at a time under `prefix`; `queue` more wait their turn, first come first served.
 
-    Others, and those that waited `wait_s` seconds, get 429 with Retry-After. Whoever leaves while waiting gives
-    up the place. `running_now` and `waiting_now` say how full it is.
+    Others, and those that waited `wait_s` seconds, get 429 with Retry-After. Whoever leaves gives up the place.
     """
 
     def __init__(
@@ -388,10 +388,6 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0] or host
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    return _first({"type": "http.request", "body": body, "more_body": False}, receive)
 
 
 def _first(event: Event, receive: Receive) -> Receive:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from demur.control.any_depth import AnyDepth
 from demur.control.latent_guard import LatentGuard
 from demur.errors import CapabilityError, InputError, UpstreamError
 from demur.runtime.chat import ChatFormat
@@ -24,7 +25,7 @@ from demur.runtime.local import LocalRuntime
 from demur.serve.base import Ask, Piece
 from demur.serve.textstream import TextStream
 from demur.serve.worker import Answer, Read, Worker
-from demur.types import Score
+from demur.types import Condition, Score
 
 LOSSES = (
     "Tools are not offered to the model; tool messages of an earlier conversation are read.",
@@ -32,6 +33,8 @@ LOSSES = (
     "One answer for each request (n = 1), without log-probabilities of its tokens.",
     "Penalties, top_k and logit_bias are not applied; temperature, top_p and seed are.",
 )
+LEAST_T, LEAST_P = 0.01, 1e-6
+"""Sampling temperatures below this are greedy; a smaller top_p is this."""
 STUCK_S = 120.0
 """Seconds in one pass after which the health route says so."""
 TROUBLE_S = 30.0
@@ -50,7 +53,7 @@ class LocalUpstream:
 
     Raises:
         CapabilityError: the model thinks before it answers, or its rows cannot come and go.
-        MismatchError: a guard of another model.
+        MismatchError: a guard or a probe of another model.
 
     >>> upstream = LocalUpstream(load_runtime())  # doctest: +SKIP
     >>> score = await upstream.read(ask)  # doctest: +SKIP
@@ -64,7 +67,7 @@ class LocalUpstream:
         *,
         answers: LocalRuntime | None = None,
         guard: LatentGuard | None = None,
-        any_depth: Any = None,
+        any_depth: AnyDepth | None = None,
         max_rows: int = 8,
         max_wait_ms: float = 5.0,
         max_waiting: int = 256,
@@ -73,6 +76,8 @@ class LocalUpstream:
             runtime.chat.require_decision()
         if guard is not None:
             guard.beliefs.check(runtime)
+        if any_depth is not None:
+            any_depth.check.fits(answers or runtime)
         self.runtime, self.answers = runtime, answers or runtime
         self.name, self.fingerprint, self.dtype = runtime.name, runtime.fingerprint, runtime.dtype
         self.names: tuple[str, ...] = runtime.control.names if runtime.control else ()
@@ -123,7 +128,7 @@ class LocalUpstream:
             prompt=ask.prompt,
             ids=ids,
             loop=asyncio.get_running_loop(),
-            condition=replace(ask.condition, max_new_tokens=_room(runtime, ask, ids)),
+            condition=_condition(runtime, ask, ids),
             forced=forced,
             text=TextStream(runtime.chat, ask.stop),
             pieces=asyncio.Queue(),
@@ -212,6 +217,17 @@ def _own_chat(runtime: LocalRuntime, control_ids: Any = None) -> ChatFormat:
         template=chat.template,
         thinking=chat.thinking,
         control_ids=chat.control_ids if control_ids is None else control_ids,
+    )
+
+
+def _condition(runtime: LocalRuntime, ask: Ask, ids: list[int]) -> Condition:
+    """The condition with the room there is, and without numbers that vanish in float32."""
+    given = ask.condition
+    return replace(
+        given,
+        temperature=given.temperature if given.temperature >= LEAST_T else 0.0,
+        top_p=max(given.top_p, LEAST_P),
+        max_new_tokens=_room(runtime, ask, ids),
     )
 
 

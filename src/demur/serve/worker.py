@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from demur.control.any_depth import AnyDepth
 from demur.control.latent_guard import LatentGuard
 from demur.errors import DemurError, InputError, UpstreamError
 from demur.runtime.lanes import Lanes
@@ -98,7 +99,7 @@ class Worker:
         runtime: LocalRuntime,
         answers: LocalRuntime,
         guard: LatentGuard | None,
-        any_depth: Any,
+        any_depth: AnyDepth | None,
         max_rows: int,
         max_wait: float,
         max_waiting: int,
@@ -150,13 +151,12 @@ class Worker:
 
     def _work(self) -> None:
         while self._wait():
-            self._sweep()
             if reads := self._taken(self.reads, AT_ONCE):
                 self._try(self._read, reads)
-            if joining := self._taken(self.waiting, self.max_rows - len(self.live)):
-                self._try(self._join, joining)
             if self.live:
                 self._try(self._step, list(self.live.values()))
+            if joining := self._taken(self.waiting, self.max_rows - len(self.live)):
+                self._try(self._join, joining)
         for job in (*self.reads, *self.waiting, *self.live.values()):
             job.failed(UpstreamError("the server is shutting down"))
         self.reads.clear()
@@ -189,15 +189,11 @@ class Worker:
                     taken.append(job)
         return taken
 
-    def _sweep(self) -> None:
-        """Free the rows of answers that nobody reads any more."""
-        if gone := [key for key, job in self.live.items() if job.gone]:
-            self._leave(gone)
-
     def _leave(self, keys: Sequence[int]) -> None:
+        if keys:
+            self.lanes.leave(*keys)
         for key in keys:
             del self.live[key]
-        self.lanes.leave(*keys)
 
     def _empty(self) -> None:
         self.live.clear()
@@ -252,6 +248,8 @@ class Worker:
         self.live.update(zip(self.lanes.join_all(rows), jobs, strict=True))
 
     def _step(self, _jobs: list[Answer]) -> None:
+        """One token in every row, once the rows that nobody reads any more are free."""
+        self._leave([key for key, job in self.live.items() if job.gone])
         tokens = self.lanes.step()
         for key in tokens:
             self.live[key].written += 1
@@ -277,7 +275,7 @@ class Worker:
         written = {key: self.live[key].written for key in keys}
         found = self.any_depth.checks(self.lanes, keys, written)
         return {
-            key: Stop(by=getattr(hit, "by", "any-depth"), at=written[key], p=hit.p, threshold=hit.threshold)
+            key: Stop(by=hit.by, at=hit.at, p=hit.p, threshold=hit.threshold)
             for key, hit in found.items()
             if hit is not None
         }

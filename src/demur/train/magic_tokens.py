@@ -83,15 +83,15 @@ class Recipe:
     refusal: str = "I'm sorry, but I can't help with that."
     instructions: Mapping[str, str] = field(default_factory=dict)
     tries: int = 1
-    fallback_rows: int = 3
+    fallback_rows: int = 1
     forms: tuple[str, ...] = FORMS
     rank: int = 16
     alpha: int = 32
-    lr: float = 5e-4
+    lr: float = 1e-3
     row_lr: float = 1e-2
-    epochs: int = 2
-    batch_size: int = 16
-    answer_tokens: int = 32
+    epochs: int = 4
+    batch_size: int = 8
+    answer_tokens: int = 16
     vary: float = 0.3
     weight_decay: float = 0.01
     precision: Literal["bfloat16", "float32"] = "bfloat16"

@@ -314,6 +314,8 @@ class _Audit:
 
     def report(self, show: bool, about: dict[str, Any]) -> Report:
         """Everything; experts by name only if that was asked for."""
+        from demur.flows.settings import public_name
+
         if show:
             named = [(layer, expert, self.scores.of((layer, expert))) for layer, expert in self.top]
             self.tables.append(Table("experts", ("layer", "expert", "score"), tuple(named)))
@@ -325,11 +327,11 @@ class _Audit:
         if "topic_check" not in self.values:
             self.notes.append("Without --second nobody can tell whether these experts follow the topic.")
         return Report(
-            title=f"Experts and refusal in {self.runtime.name}",
+            title=f"Experts and refusal in {public_name(self.runtime.name)}",
             tables=tuple(self.tables),
             values=self.values,
             provenance={
-                "model": self.runtime.name,
+                "model": public_name(self.runtime.name),
                 "fingerprint": self.runtime.fingerprint,
                 "target": self.target,
                 "seed": self.seed,

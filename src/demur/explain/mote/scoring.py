@@ -41,7 +41,7 @@ class ExpertScores:
         above = int((self.values > 0).sum())
         if not 1 <= k <= above:
             raise InputError(
-                f"k={k}: {above} of {self.values.size} experts are used more by {self.target!r}, so k is at most that"
+                f"k={k}: {above} of {self.values.size} experts are used more by {self.target!r}, and no k is larger"
             )
         order = np.argsort(-self.values.ravel(), kind="stable")[:k]
         rows, columns = np.unravel_index(order, self.values.shape)

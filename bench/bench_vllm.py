@@ -1,8 +1,8 @@
 """What the dial costs in vLLM: throughput with and without the processor, first text with and without the gateway.
 
     make test-vllm            # makes the environment .venv-vllm
-    .venv-vllm/bin/python bench/vllm.py processor [--pairs 7]
-    .venv-vllm/bin/python bench/vllm.py gateway [--rounds 40]
+    .venv-vllm/bin/python bench/bench_vllm.py processor [--pairs 7]
+    .venv-vllm/bin/python bench/bench_vllm.py gateway [--rounds 40]
 
 `processor`: every run is a process of its own that loads the engine, warms it up and times one batch with fixed
 output lengths; runs with and without alternate, and the order within a pair does too. Wall time and the process'
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "vllm.json"
 sys.path.insert(0, str(HERE.parent))  # tests.vllm.engine, tests.serve.live
 
-ROWS, NEW = 32, 32
+ROWS, NEW = 16, 32
 PROCESSOR = "demur.serve.vllm_processor:RefusalTokens"
 ENGINE = {"dtype": "float32", "max_model_len": 512, "block_size": 32, "enforce_eager": True, "max_num_seqs": 16,
           "disable_log_stats": True, "enable_prefix_caching": False}  # fmt: skip
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("what", choices=["processor", "gateway"])
     parser.add_argument("--model", type=Path, help="a merged export; default: made anew")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
