@@ -324,3 +324,9 @@ def test_recurrent_states_are_refused() -> None:
     runtime = LocalRuntime(AutoModelForCausalLM.from_config(config), tiny_runtime().tokenizer, name="hybrid")
     with pytest.raises(CapabilityError, match="Linear"):
         Lanes(runtime)
+
+
+def test_vanishing_temperature_and_top_p_take_the_likeliest() -> None:
+    logits, draws = torch.tensor([1.0, 3.0, 2.0]), torch.Generator().manual_seed(0)
+    for condition in (Condition(temperature=1e-45), Condition(temperature=1.0, top_p=1e-300)):
+        assert _drawn(logits, condition, draws) == 1

@@ -160,7 +160,7 @@ class MaskEffect:
     @property
     def random_moved(self) -> FloatArray:
         """(draws,) mean fall (rise) under each random mask."""
-        change = (self.random - self.before).mean(1)
+        change: FloatArray = (self.random - self.before).mean(1)
         return change if self.raised else -change
 
     @property

@@ -177,6 +177,22 @@ class Lanes:
             found: FloatArray = reader.result().numpy()
         return found[self._order(keys)]
 
+    def masses(self, keys: Sequence[int], suffix_ids: Sequence[int], ids: Sequence[int]) -> FloatArray:
+        """Probabilities of some next tokens behind a suffix that is run on the side, over the whole vocabulary.
+
+        Returns:
+            (len(keys), len(ids)), float32.
+        """
+        if not suffix_ids or not ids:
+            raise InputError(f"masses with {len(suffix_ids)} suffix tokens and {len(ids)} ids: give both")
+        if not keys:
+            return np.zeros((0, len(ids)), np.float32)
+        with self.runtime.edited(), self._forked(keys) as (cache, lanes):
+            feed = [[lane.pending, *suffix_ids] for lane in lanes]
+            logits_BV = advance(cache, [a.length for a in lanes], feed)
+            found: FloatArray = logits_BV.softmax(-1)[:, list(ids)].cpu().numpy()
+        return found[self._order(keys)]
+
     def look_ahead(self, keys: Sequence[int], suffix_ids: Sequence[int], n: int) -> list[list[int]]:
         """What each row would say next behind a suffix: up to `n` greedy tokens, cut behind an end token.
 
@@ -278,7 +294,11 @@ class Lanes:
 
 def _drawn(logits_V: Tensor, condition: Condition, draws: torch.Generator) -> int:
     """One token from the smallest set of likeliest ones that holds `top_p` of the mass."""
-    p_V, ids_V = (logits_V / condition.temperature).softmax(-1).sort(descending=True)
+    # the maximum comes off first, and one token is always kept: no temperature or top_p may give NaN or nothing
+    z_V, ids_V = ((logits_V - logits_V.max()).double() / condition.temperature).sort(descending=True)
+    p_V = z_V.softmax(-1)
     if condition.top_p < 1:
-        p_V = p_V * (p_V.cumsum(-1) - p_V < condition.top_p)
+        kept_V = p_V.cumsum(-1) - p_V < condition.top_p
+        kept_V[0] = True
+        p_V = p_V * kept_V
     return int(ids_V[torch.multinomial(p_V, 1, generator=draws)])

@@ -122,6 +122,7 @@ def _layers(app: FastAPI, gateway: Gateway) -> None:
     """Put the layers around the application, the innermost first."""
     settings, bounds, rejected = gateway.settings, gateway.settings.limits, _rejected(gateway)
     keys = settings.read_keys()
+    limits.Keys(app, keys)  # a key that is too weak is an error now and not with the first request
     # without keys a page of another site could reach the server through a name that points at loopback
     hosts = LOOPBACK if not keys and not settings.no_auth else None
     app.add_middleware(_Unhandled, gateway=gateway)

@@ -25,7 +25,7 @@ from demur.runtime.local import LocalRuntime
 from demur.serve.base import Ask, Piece
 from demur.serve.textstream import TextStream
 from demur.serve.worker import Answer, Read, Worker
-from demur.types import Condition, Score
+from demur.types import Score
 
 LOSSES = (
     "Tools are not offered to the model; tool messages of an earlier conversation are read.",
@@ -33,8 +33,6 @@ LOSSES = (
     "One answer for each request (n = 1), without log-probabilities of its tokens.",
     "Penalties, top_k and logit_bias are not applied; temperature, top_p and seed are.",
 )
-LEAST_T, LEAST_P = 0.01, 1e-6
-"""Sampling temperatures below this are greedy; a smaller top_p is this."""
 STUCK_S = 120.0
 """Seconds in one pass after which the health route says so."""
 TROUBLE_S = 30.0
@@ -128,7 +126,7 @@ class LocalUpstream:
             prompt=ask.prompt,
             ids=ids,
             loop=asyncio.get_running_loop(),
-            condition=_condition(runtime, ask, ids),
+            condition=replace(ask.condition, max_new_tokens=_room(runtime, ask, ids)),
             forced=forced,
             text=TextStream(runtime.chat, ask.stop),
             pieces=asyncio.Queue(),
@@ -217,17 +215,6 @@ def _own_chat(runtime: LocalRuntime, control_ids: Any = None) -> ChatFormat:
         template=chat.template,
         thinking=chat.thinking,
         control_ids=chat.control_ids if control_ids is None else control_ids,
-    )
-
-
-def _condition(runtime: LocalRuntime, ask: Ask, ids: list[int]) -> Condition:
-    """The condition with the room there is, and without numbers that vanish in float32."""
-    given = ask.condition
-    return replace(
-        given,
-        temperature=given.temperature if given.temperature >= LEAST_T else 0.0,
-        top_p=max(given.top_p, LEAST_P),
-        max_new_tokens=_room(runtime, ask, ids),
     )
 
 

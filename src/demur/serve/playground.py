@@ -113,7 +113,11 @@ def router(state: Gateway) -> APIRouter:
         text = state.evaluation.model_dump_json(exclude={"reference"})
         return Response(text, media_type="application/json", headers={"Cache-Control": "no-cache"})
 
-    @routes.post("/demur/operating-points", status_code=201, responses=_errors(400, 403, 409))
+    @routes.post(
+        "/demur/operating-points",
+        status_code=201,
+        responses={200: {"description": "the text only (save: false)"}, **_errors(400, 403, 409)},
+    )
     async def save(new: NewPoint, request: Request) -> JSONResponse:
         """Write the dial as an operating-point file beside the loaded one, or only make its text."""
         barred = _may_not_save(state, request) if new.save else None

@@ -121,10 +121,19 @@ class Limits(_Part):
 
 
 class AnyDepthChecks(_Part):
-    """A probe that looks at the answer while it is written (local model only)."""
+    """A check that looks at the answer while it is written (local model only): a fitted probe, or the refuse
+    mass from which an answer is stopped.
+    """
 
-    probe: Where
+    probe: Where | None = None
+    mass: float | None = Field(default=None, gt=0, le=1)
     every: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> AnyDepthChecks:
+        if (self.probe is None) == (self.mass is None):
+            raise ValueError("any_depth: name a probe (a file) or a mass (a number up to 1), one of them")
+        return self
 
 
 class Batching(_Part):

@@ -187,7 +187,10 @@ def _guard(settings: Settings, runtime: Any) -> Any:
 def _any_depth(settings: Settings, answers: Any) -> Any:
     if settings.any_depth is None:
         return None
-    from demur.control.any_depth import AnyDepth, HeaderProbe
+    from demur.control.any_depth import AnyDepth, HeaderProbe, RefuseMass
 
-    probe = HeaderProbe.load(settings.any_depth.probe, fingerprint=answers.fingerprint)
-    return AnyDepth(probe, every=settings.any_depth.every)
+    checks = settings.any_depth
+    if checks.probe is None:
+        return AnyDepth(RefuseMass(threshold=checks.mass or 1.0), every=checks.every)
+    probe = HeaderProbe.load(checks.probe, fingerprint=answers.fingerprint)
+    return AnyDepth(probe, every=checks.every)

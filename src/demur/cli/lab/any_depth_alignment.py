@@ -13,7 +13,7 @@ from demur.errors import CapabilityError, InputError
 from demur.types import RESPOND, Report, Table
 
 if TYPE_CHECKING:
-    from demur.control.any_depth import Answer, HeaderProbe, Rethink
+    from demur.control.any_depth import Answer, HeaderProbe, RefuseMass, Rethink
     from demur.runtime.local import LocalRuntime
 
 TASKS = ("fit", "check", "run")
@@ -40,10 +40,13 @@ def run(
         str | None, typer.Option(metavar="FILE", help="fit: other answers, to choose the layer on.")
     ] = None,
     calibrate: Annotated[
-        str | None, typer.Option(metavar="FILE", help="fit: further answers, to set the threshold on.")
+        str | None,
+        typer.Option(metavar="FILE", help="fit, or with --mass: further answers, to set the threshold on."),
     ] = None,
-    fpr: Annotated[float, typer.Option(help="fit: share of harmless answers that may be stopped.")] = 0.05,
-    delta: Annotated[float, typer.Option(help="fit: chance at most that more are stopped.")] = 0.1,
+    fpr: Annotated[
+        float, typer.Option(help="--calibrate: share of harmless answers that may be stopped.")
+    ] = 0.05,
+    delta: Annotated[float, typer.Option(help="--calibrate: chance at most that more are stopped.")] = 0.1,
     save: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="fit: save the probe (safetensors, for this model only)."),
@@ -53,6 +56,13 @@ def run(
         bool,
         typer.Option("--rethink", help="check, run: let the model start over instead; nothing is fitted."),
     ] = False,
+    mass: Annotated[
+        bool,
+        typer.Option("--mass", help="check, run: the refuse mass of the control tokens; nothing is fitted."),
+    ] = False,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="With --mass: stop from here on; or use --calibrate.")
+    ] = 0.5,
     depths: Annotated[
         str, typer.Option(help="fit, check: depths to read at, in tokens, or `published` (25, 50 ... 500).")
     ] = "32,64,96,128",
@@ -83,9 +93,13 @@ def run(
             raise InputError("fit needs --select FILE: the layer is chosen on answers of its own")
         report = _fit(runtime, file, select, calibrate, _depths(depths), (fpr, delta), save)
         return write_report(report, as_json, out)
-    if rethink == (probe is not None):
-        raise InputError("name one check: --probe FILE or --rethink")
-    check = _check(runtime, probe)
+    if sum((rethink, mass, probe is not None)) != 1 or (calibrate is not None and not mass):
+        raise InputError("name one check: --probe FILE, --mass or --rethink (--calibrate goes with --mass)")
+    check = (
+        _check(runtime, probe)
+        if not mass
+        else _mass(runtime, threshold, calibrate, _depths(depths), (fpr, delta))
+    )
     if task == "check":
         return write_report(_rates(runtime, check, file, _depths(depths)), as_json, out)
     return _answer(runtime, check, file, _every(every), max_new_tokens, out)
@@ -110,6 +124,26 @@ def _every(text: str) -> int | Literal["adaptive"] | tuple[int, ...]:
     if text == "adaptive":
         return "adaptive"
     return int(text) if text.isdigit() else _depths(text, "--every")
+
+
+def _mass(
+    runtime: LocalRuntime,
+    threshold: float,
+    calibrate: str | None,
+    depths: tuple[int, ...],
+    budget: tuple[float, float],
+) -> RefuseMass:
+    from demur.control.any_depth import RefuseMass
+
+    check = RefuseMass(threshold=threshold)
+    check.fits(runtime)
+    if calibrate is None:
+        return check
+    rows, (fpr, delta) = _answers(runtime, calibrate), budget
+    scores, harmful = check.scores(runtime, rows, depths), [a.harmful for a in rows]
+    check = check.calibrated(scores, harmful, fpr=fpr, delta=delta, on=Path(calibrate).name)
+    warn(f"Threshold {check.threshold:.4f}. {check.guarantee}")
+    return check
 
 
 def _check(runtime: LocalRuntime, probe: Path | None) -> HeaderProbe | Rethink:
@@ -188,7 +222,9 @@ def _fit(
     )
 
 
-def _rates(runtime: LocalRuntime, check: HeaderProbe | Rethink, file: str, depths: tuple[int, ...]) -> Report:
+def _rates(
+    runtime: LocalRuntime, check: HeaderProbe | Rethink | RefuseMass, file: str, depths: tuple[int, ...]
+) -> Report:
     from demur.control.any_depth import depth_rates
     from demur.stats import auroc
 
@@ -224,7 +260,7 @@ def _rates(runtime: LocalRuntime, check: HeaderProbe | Rethink, file: str, depth
 
 def _answer(
     runtime: LocalRuntime,
-    check: HeaderProbe | Rethink,
+    check: HeaderProbe | Rethink | RefuseMass,
     file: str,
     every: Any,
     max_new_tokens: int,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from demur.control.any_depth.mass import RefuseMass
 from demur.control.any_depth.probe import HeaderProbe
 from demur.control.any_depth.rethink import ROWS, Rethink
 from demur.errors import CapabilityError, InputError
@@ -54,7 +55,7 @@ class AnyDepth:
     is the same as without checks.
 
     Args:
-        check: a fitted `HeaderProbe`, or `Rethink`.
+        check: a fitted `HeaderProbe`, `RefuseMass`, or `Rethink`.
         every: tokens between checks; "adaptive" is every 25 up to 100, then every 100; or a tuple of depths.
         refusal: what stands in place of a stopped answer.
 
@@ -64,7 +65,7 @@ class AnyDepth:
     ('content_filter', 'any-depth-probe: 0.9312 >= 0.7105 at token 64')
     """
 
-    check: HeaderProbe | Rethink
+    check: HeaderProbe | Rethink | RefuseMass
     every: Schedule = 32
     refusal: str = REFUSAL
 

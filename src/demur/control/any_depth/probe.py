@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from demur.calibrate.base import Slice
-from demur.calibrate.learn_then_test import LearnThenTest
 from demur.control.any_depth.answers import Answer, FloatArray, states_at
 from demur.control.any_depth.header import Header, header_of
+from demur.control.any_depth.threshold import answer_cut
 from demur.errors import InputError, MismatchError, MissingExtra
 from demur.explain.artefact import described, read_artefact, write_artefact
 from demur.explain.probe import Cut
-from demur.stats.controls import labels
 from demur.types import Site
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 WHAT = "header probe"
 DEPTHS = tuple(range(25, 501, 25))
 """Depths that the published probes are fitted on."""
-_CLAIM = "the share of harmless answers that a check at any of the depths stops"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,35 +158,11 @@ class HeaderProbe:
     ) -> HeaderProbe:
         """The probe with the threshold that stops most and provably few harmless answers.
 
-        A served answer faces every check, so its score is its highest p: the false-stop rate is one per answer,
-        not per check. With probability 1 - `delta` over calibration sets at most a share `fpr` of new harmless
-        answers like these is stopped (`demur.calibrate.LearnThenTest`).
-
-        Args:
-            scores: (answers, depths) as `scores` gives them, or (answers,) highest ones; an answer that no check
-                reached (all NaN) counts as not stopped. harmful: (answers,). on: the set's name, for the wording.
-
-        Raises:
-            UnsupportedClaim: too few harmless answers for `fpr` and `delta`. InputError: one class only.
+        A served answer faces every check: the false-stop rate is one per answer, not per check. Arguments and
+        errors as in `answer_cut`.
         """
-        highest = per_answer(scores)
-        yes = labels(harmful, highest.size)
-        if yes.all() or not yes.any():
-            raise InputError(
-                f"all {yes.size} answers are labelled {bool(yes[0])}; a threshold needs both kinds"
-            )
-        rows = Slice("harmful", highest[yes], highest[~yes])
-        rule = LearnThenTest(fpr, delta)
-        [choice] = rule.choose([rows])
-        assert choice.bound is not None
-        k, n = int((rows.benign >= choice.tau).sum()), rows.benign.size
-        where = f"answers drawn like {on}" if on else "answers drawn like the calibration set"
-        return dataclasses.replace(
-            self,
-            threshold=choice.tau,
-            cut=Cut(threshold=choice.tau, target=fpr, k=k, n=n, delta=delta, upper=choice.bound),
-            guarantee=rule.guarantee([rows], where, _CLAIM),
-        )
+        cut, guarantee = answer_cut(scores, harmful, fpr=fpr, delta=delta, on=on)
+        return dataclasses.replace(self, threshold=cut.threshold, cut=cut, guarantee=guarantee)
 
     # --- files ----------------------------------------------------------------------------------------------
 
@@ -231,19 +204,6 @@ class HeaderProbe:
                 cut=None if about["cut"] is None else Cut(**about["cut"]),
                 guarantee=about["guarantee"],
             )
-
-
-def per_answer(scores: npt.ArrayLike) -> FloatArray:
-    """The highest score of each answer (n,); -inf where no check reached it.
-
-    >>> per_answer([[0.1, 0.7], [0.4, float("nan")]]).tolist()
-    [0.7, 0.4]
-    """
-    s = np.asarray(scores, float)
-    s = s[:, None] if s.ndim == 1 else s
-    if s.ndim != 2:
-        raise InputError(f"scores of shape {s.shape}; needed is (answers, depths)")
-    return np.asarray(np.where(np.isnan(s), -np.inf, s).max(1), float)
 
 
 def pairs(
