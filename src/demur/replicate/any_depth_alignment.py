@@ -374,6 +374,7 @@ SPEC = Spec(
         "control/any_depth/header.py",
         "control/any_depth/answers.py",
         "control/any_depth/probe.py",
+        "control/any_depth/threshold.py",
         "control/any_depth/rethink.py",
         "control/any_depth/intervention.py",
     ),

@@ -15,6 +15,9 @@ from demur.files import load_operating_point, write_atomic
 from demur.report.render import to_json, to_text
 from demur.types import PromptSet, Report
 
+METHOD = "any-depth-alignment"
+"""The method whose question this answers; its checks are another command."""
+
 
 def run(
     file: Annotated[

@@ -29,7 +29,7 @@ CARD = Card(
     tier="lab",
     paper="Any-Depth Alignment: Unlocking Innate Safety Alignment of LLMs to Any-Depth",
     url="https://arxiv.org/abs/2510.18081",
-    files=("control/any_depth/", "organisms/depth.py"),
+    files=("control/any_depth/", "measure/depth.py", "organisms/depth.py"),
     needs=("generate", "states"),
     summary="Checks while an answer is written: the assistant header is run behind it on the side, and a probe or "
     "a short look ahead says whether to stop.",
