@@ -70,28 +70,35 @@ def one_run(folder: str, with_processor: bool, repeats: int) -> dict[str, Any]:
 
 
 def processor(folder: Path, pairs: int, repeats: int) -> dict[str, Any]:
-    """Alternating runs; ratios of throughput with the processor to throughput without."""
-    times: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
-    for pair in range(pairs):
-        for side in ("with", "without") if pair % 2 else ("without", "with"):
+    """Alternating runs until enough pairs had a core of their own."""
+    runs: list[dict[str, dict[str, Any]]] = []
+    while len(alone(runs)) < pairs and len(runs) < 3 * pairs:
+        pair = {}
+        for side in ("with", "without") if len(runs) % 2 else ("without", "with"):
             done = subprocess.run(
                 [sys.executable, __file__, "one", str(folder), side, str(repeats)],
                 env={**os.environ, **QUIET}, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-3000:]
-            times[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(side, times[side][-1], flush=True)
-    out: dict[str, Any] = {
-        "pairs": pairs,
-        "batches_a_run": repeats,
-        "rows": ROWS,
-        "new_tokens": NEW,
-        "runs": times,
-    }
+            pair[side] = json.loads(done.stdout.strip().splitlines()[-1])
+            print(side, pair[side], flush=True)
+        runs.append(pair)
+    return summary(runs, repeats)
+
+
+def alone(runs: list[dict[str, dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
+    """Pairs in which both runs got a processor when they wanted one: wall time at most 1.5 times CPU time."""
+    return [pair for pair in runs if all(run["wall"] <= 1.5 * run["cpu"] for run in pair.values())]
+
+
+def summary(runs: list[dict[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:
+    """Ratios of throughput with the processor to throughput without."""
+    used = alone(runs)
+    out: dict[str, Any] = {"pairs": len(used), "pairs_without_a_core": len(runs) - len(used), "rows": ROWS}
+    out |= {"new_tokens": NEW, "batches_a_run": repeats, "runs": runs}
     for kind in ("wall", "cpu"):
-        ratios = [b[kind] / a[kind] for a, b in zip(times["with"], times["without"], strict=True)]
-        out[f"{kind}_ratio"] = interval(ratios)
-    out["tokens_per_second_without"] = ROWS * NEW / statistics.median(r["wall"] for r in times["without"])
+        out[f"{kind}_ratio"] = interval([pair["without"][kind] / pair["with"][kind] for pair in used])
+    out["tokens_per_second_without"] = ROWS * NEW / statistics.median(p["without"]["wall"] for p in used)
     return out
 
 
@@ -186,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["processor", "gateway"])
     parser.add_argument("--model", type=Path, help="a merged export; default: made anew")
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -91,6 +91,15 @@ def test_an_evaluation_is_computed_where_it_is_asked_for(
     assert app.state.gateway.drift is not None
 
 
+def test_a_small_evaluation_is_shown_and_its_drift_is_not_watched(
+    loaded: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready = start.prepare(Settings(), print)
+    small = stored().model_copy(update={"reference": (0.1, 0.2)})
+    gateway = create_app(ready.settings, ready.upstream, evaluation=small).state.gateway
+    assert gateway.evaluation is small and gateway.drift is None and "2 scores" in caplog.text
+
+
 def test_an_engine_is_no_model_and_has_no_core_evaluation() -> None:
     with pytest.raises(InputError, match="--upstream"):
         start.prepare(Settings(model="http://h/v1#m"), print)

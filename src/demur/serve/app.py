@@ -22,6 +22,7 @@ from demur.flows.evaluation import Evaluation, open_evaluation
 from demur.serve import api, limits
 from demur.serve.base import Decision, Piece, Upstream
 from demur.serve.dial import Dial, Forbidden
+from demur.serve.drift import LEAST
 from demur.serve.gateway import MODEL, OPERATOR, Gateway, writable
 from demur.serve.openapi import BODY, document, responses
 from demur.serve.pointfile import PointFile
@@ -110,7 +111,13 @@ def _gateway(
         stored = open_evaluation(settings.evaluation)
     if settings.texts is not None:
         writable(settings.texts)
-    metrics = metrics_room.Metrics(upstream.names, None if stored is None else np.array(stored.reference))
+    reference = np.array(stored.reference) if stored is not None else None
+    if reference is not None and reference.size < LEAST:
+        logging.getLogger("demur").warning(
+            "evaluation: %d scores, drift needs %d; it is not watched", reference.size, LEAST
+        )
+        reference = None
+    metrics = metrics_room.Metrics(upstream.names, reference)
     for role, file in (("main", main), ("canary", canary)):
         if file is not None:
             metrics.watch(role, file)

@@ -40,7 +40,8 @@ _BETAS = (
 """Densities that are bet on: scores higher, lower, further apart, closer together, in one region."""
 _COARSE, _PRIOR, _KEEP = 10, 5.0, 0.995
 """One more bet, for shapes that no Beta has: a histogram of about the last 200 ranks, drawn towards flat."""
-_LEAST = 20
+LEAST = 20
+"""Reference scores that a test of drift needs."""
 
 
 class Drift:
@@ -67,10 +68,10 @@ class Drift:
         self, reference: npt.ArrayLike, window: int = 1000, *, per_request: float = 1e-6, seed: int = 0
     ) -> None:
         scores = np.asarray(reference, float).ravel()
-        if scores.size < _LEAST or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
+        if scores.size < LEAST or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
             raise InputError(
                 f"drift: {scores.size} reference scores between {scores.min(initial=0)} and "
-                f"{scores.max(initial=0)}; at least {_LEAST} probabilities are needed"
+                f"{scores.max(initial=0)}; at least {LEAST} probabilities are needed"
             )
         if not 0 < per_request < 1:
             raise InputError(f"drift: per_request={per_request} is no probability")
