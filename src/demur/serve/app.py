@@ -401,17 +401,19 @@ async def _watching(dial: Dial) -> AsyncIterator[None]:
             await asyncio.to_thread(dial.refresh)
 
     loop = asyncio.get_running_loop()
-    hears = False
+    before: Any = None
     with suppress(
         ValueError, RuntimeError, NotImplementedError, AttributeError
     ):  # no main thread, no such signal
+        theirs = signal.getsignal(signal.SIGHUP)
         loop.add_signal_handler(signal.SIGHUP, now.set)
-        hears = True
+        before = theirs
     task = asyncio.create_task(watch())
     try:
         yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        if hears:
+        if before is not None:
             loop.remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, before)
