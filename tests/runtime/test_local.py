@@ -156,6 +156,27 @@ def test_linear_layers_of_another_library_change_rounding_only(
         assert layer(x).dtype is torch.bfloat16 and not calls
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
+def test_few_numbers_of_rows_reach_the_library_that_keeps_code_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[int] = set()
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def spy(x: torch.Tensor, *rest: Any) -> Any:
+        seen.add(len(x))
+        return real(x, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    layer = torch.nn.Linear(4, 3)
+    for rows in range(16, 513):
+        x = torch.randn(rows, 4) if rows % 2 else torch.randn(2, rows // 2, 4)
+        with torch.no_grad(), forward._OneDnn():
+            found = layer(x)
+        torch.testing.assert_close(found, layer(x).detach())
+    assert len(seen) <= 1 + 5 * 8 and max(seen) == 512
+
+
 def test_a_prefix_longer_than_the_sliding_window_is_not_shared() -> None:
     model = tiny_model("mistral")  # window 16
     assert forward.prefix_fits(model, 15)

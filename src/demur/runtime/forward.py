@@ -156,8 +156,31 @@ class _OneDnn(TorchFunctionMode):
             x, weight, bias = args if len(args) == 3 else (*args, None)
             plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
             if plain and x.numel() >= FEW_ROWS * x.shape[-1]:
-                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+                return _linear(x, weight, bias)
         return func(*args, **(kwargs or {}))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear layer by oneDNN, on a number of rows that comes again.
+
+    oneDNN makes and keeps code for every number of rows it meets, so a server that meets all of them would grow.
+    """
+    rows = x.numel() // x.shape[-1]
+    flat = x.reshape(rows, -1)
+    if more := rounded_up(rows) - rows:
+        flat = nn.functional.pad(flat, (0, 0, 0, more))
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+    return out[:rows].reshape(*x.shape[:-1], -1)
+
+
+def rounded_up(rows: int) -> int:
+    """The next of about eight sizes in each power of two: at most an eighth of the rows is padding.
+
+    >>> [rounded_up(n) for n in (16, 17, 100, 300, 512, 513)]
+    [16, 24, 104, 320, 512, 576]
+    """
+    step = max(8, 1 << (rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 @cache
