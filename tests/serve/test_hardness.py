@@ -81,8 +81,8 @@ def test_clients_get_their_own_answers(tmp_path: Path) -> None:
 
 def test_a_client_that_leaves_frees_its_row(tmp_path: Path) -> None:
     upstream = LocalUpstream(tiny_runtime(control=True), max_rows=2)
-    upstream.worker.lanes.ends = ()  # answers as long as they may be
-    slow(upstream)
+    upstream.worker.lanes.ends = ()  # answers as long as they may be: 10 s, of which nobody waits more than 3
+    slow(upstream, 0.05)
 
     async def go(address: str) -> None:
         async with client(address) as c:
@@ -93,7 +93,7 @@ def test_a_client_that_leaves_frees_its_row(tmp_path: Path) -> None:
                     if line.startswith("data:"):
                         break
                 assert upstream.busy["rows"] == 1
-            await asyncio.to_thread(wait_for, lambda: upstream.busy["rows"] == 0)
+            await asyncio.to_thread(wait_for, lambda: upstream.busy["rows"] == 0, 3)
             tasks = [asyncio.create_task(whole(c, **chat(f"tell {k}", n=200))) for k in range(5)]
             await asyncio.to_thread(
                 wait_for, lambda: upstream.busy["rows"] == 2 and upstream.busy["waiting"] == 3
@@ -102,7 +102,7 @@ def test_a_client_that_leaves_frees_its_row(tmp_path: Path) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             nothing = {"rows": 0, "waiting": 0, "reads": 0, "bytes": 0}
-            await asyncio.to_thread(wait_for, lambda: upstream.busy == nothing)
+            await asyncio.to_thread(wait_for, lambda: upstream.busy == nothing, 3)
             told = await whole(c, **chat("how do i boil an egg ?", n=3))
             assert told["choices"][0]["finish_reason"] == "length"
 
