@@ -106,7 +106,7 @@ def bench(runtime: LocalRuntime, items: list[Prompt], repeats: int) -> list[dict
         (
             "first-position scores",
             lambda: our_scores(runtime, items),
-            lambda: plain_scores(model, rows, runtime._openings),
+            lambda: plain_scores(model, rows, runtime.openings),
         ),
     ]
     out = []

@@ -75,7 +75,7 @@ def test_chosen_ids_and_refusal_openings() -> None:
     whole = header_scores(runtime, ROWS, [0, 2], SUFFIX, ids=range(tiny_model().config.vocab_size))
     np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
     openings = header_scores(runtime, ROWS, [0, 2], SUFFIX)
-    np.testing.assert_allclose(openings, whole[..., runtime._openings], rtol=1e-6)
+    np.testing.assert_allclose(openings, whole[..., runtime.openings], rtol=1e-6)
 
 
 def test_positions_are_those_of_the_depth() -> None:

@@ -23,16 +23,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from demur.calibrate.base import Slice
-from demur.calibrate.learn_then_test import LearnThenTest
-from demur.errors import DemurError, InputError
+from demur.control.stopping import stopping_cut
+from demur.errors import DemurError
 from demur.explain.artefact import described, read_artefact, write_artefact
 from demur.explain.harmfulness import Beliefs
 from demur.explain.probe import Cut
 from demur.runtime.base import Decide, Progress, Runtime
 from demur.runtime.batching import windows
 from demur.runtime.wrapped import WrappedRuntime
-from demur.stats.controls import labels
 from demur.types import Condition, Prompt, Reply
 
 WHAT = "latent guard"
@@ -84,26 +82,10 @@ class LatentGuard:
         Raises:
             UnsupportedClaim: too few harmless prompts for `fpr` and `delta`. InputError: only one class.
         """
-        s = np.asarray(scores, float)
-        yes = labels(harmful, s.size)
-        if yes.all() or not yes.any():
-            raise InputError(
-                f"all {yes.size} prompts are labelled {bool(yes[0])}; a threshold needs both kinds"
-            )
-        if not np.isfinite(s).all():
-            raise InputError("scores that are not finite; read the beliefs again")
-        rows = Slice("harmful", s[yes], s[~yes])
-        rule = LearnThenTest(fpr, delta)
-        [choice] = rule.choose([rows])
-        assert choice.bound is not None
-        k, n = int((rows.benign >= choice.tau).sum()), rows.benign.size
-        where = f"prompts drawn like {on}" if on else "prompts drawn like the calibration set"
-        return dataclasses.replace(
-            self,
-            threshold=choice.tau,
-            cut=Cut(threshold=choice.tau, target=fpr, k=k, n=n, delta=delta, upper=choice.bound),
-            guarantee=rule.guarantee([rows], where, _CLAIM),
+        cut, guarantee = stopping_cut(
+            scores, harmful, fpr=fpr, delta=delta, things="prompts", claim=_CLAIM, on=on
         )
+        return dataclasses.replace(self, threshold=cut.threshold, cut=cut, guarantee=guarantee)
 
     def flags(
         self, runtime: Runtime, prompts: Iterable[Prompt], condition: Condition | None = None

@@ -201,7 +201,7 @@ class _Placed(WrappedRuntime):
     ) -> Iterator[Reply]:
         """Answers under the mode."""
         return self.inner.generate(
-            list(self._put(prompts, condition)),
+            self._put(prompts, condition),
             _bare(condition),
             samples=samples,
             decide=decide,
@@ -217,7 +217,7 @@ class _Placed(WrappedRuntime):
         progress: Progress | None = None,
     ) -> Iterator[Score]:
         """First-position probabilities under the mode."""
-        return self.inner.score(list(self._put(prompts, condition)), _bare(condition), T=T, progress=progress)
+        return self.inner.score(self._put(prompts, condition), _bare(condition), T=T, progress=progress)
 
     def states(
         self, prompts: Iterable[Prompt], sites: Sequence[Site], condition: Condition | None = None

@@ -375,6 +375,7 @@ SPEC = Spec(
         "control/any_depth/answers.py",
         "control/any_depth/probe.py",
         "control/any_depth/threshold.py",
+        "control/stopping.py",
         "control/any_depth/rethink.py",
         "control/any_depth/intervention.py",
     ),

@@ -159,6 +159,7 @@ SPEC = Spec(
         "control/steering.py",
         "control/inversion.py",
         "control/latent_guard.py",
+        "control/stopping.py",
     ),
     minutes=1,
     notes=(

@@ -11,7 +11,7 @@ from markupsafe import escape
 
 import demur
 from demur.report.explainpage import Shaded
-from demur.report.html import _environment
+from demur.report.html import jinja
 from demur.report.view import Figure
 from demur.types import Report
 
@@ -63,7 +63,7 @@ def to_html(report: Report, traces: Sequence[Traced]) -> str:
     """
     cliff, fitted, *heads = report.tables
     page: str = (
-        _environment()
+        jinja()
         .get_template("cliff.html.j2")
         .render(
             title=report.title,

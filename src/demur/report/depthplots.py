@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from demur.report.plots import OVER, REFUSE, _percent_axis, _rows, to_svg
+from demur.report.plots import OVER, REFUSE, data_rows, percent_axis, to_svg
 
 Place = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ def depth_lines(
         axis=alt.Axis(title="forced tokens of the answer", labelAngle=0, grid=False),
         scale=alt.Scale(type="point", padding=0.4),
     )
-    y = alt.Y("y:Q", axis=_percent_axis("refusal"), scale=alt.Scale(domain=[0, 1]))
+    y = alt.Y("y:Q", axis=percent_axis("refusal"), scale=alt.Scale(domain=[0, 1]))
     labels = list(curves.values())
     colour = alt.Color(
         "curve:N",
@@ -68,8 +68,8 @@ def depth_lines(
         scale=alt.Scale(domain=list(groups), range=[[1, 0], [6, 4]][: len(groups)]),
         legend=None,
     )
-    band = alt.Chart(_rows([r for r in shown if r["group"] == groups[0] and r["low"] is not None]))
-    every = alt.Chart(_rows(shown))
+    band = alt.Chart(data_rows([r for r in shown if r["group"] == groups[0] and r["low"] is not None]))
+    every = alt.Chart(data_rows(shown))
     layers = [
         band.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour),
         every.mark_line(strokeWidth=2.5).encode(

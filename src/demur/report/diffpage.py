@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import demur
-from demur.report.html import _environment
+from demur.report.html import jinja
 from demur.types import Table
 
 
@@ -59,5 +59,5 @@ class DiffView:
 
 def to_html(view: DiffView) -> str:
     """The page. Model and user text in `view` may hold anything; it comes out as text."""
-    page: str = _environment().get_template("diff.html.j2").render(diff=view, version=demur.__version__)
+    page: str = jinja().get_template("diff.html.j2").render(diff=view, version=demur.__version__)
     return page.lstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import demur
-from demur.report.html import _environment
+from demur.report.html import jinja
 from demur.report.view import Section
 
 
@@ -35,5 +35,5 @@ class PageView:
 
 def to_html(view: PageView) -> str:
     """The page. Model and user text in `view` may hold anything; it comes out as text."""
-    page: str = _environment().get_template("explain.html.j2").render(page=view, version=demur.__version__)
+    page: str = jinja().get_template("explain.html.j2").render(page=view, version=demur.__version__)
     return page.lstrip()

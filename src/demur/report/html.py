@@ -21,7 +21,7 @@ from demur.types import Rate
 def to_html(card: CardView) -> str:
     """The page. Model and user text in `card` may hold anything; it comes out as text."""
     page: str = (
-        _environment()
+        jinja()
         .get_template("card.html.j2")
         .render(
             card=card,
@@ -35,7 +35,8 @@ def to_html(card: CardView) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def jinja() -> Environment:
+    """The templates, with escaping on and undefined names as errors."""
     env = Environment(
         loader=PackageLoader("demur.report", "templates"),
         autoescape=True,

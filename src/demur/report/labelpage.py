@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 import demur
-from demur.report.html import _environment
+from demur.report.html import jinja
 from demur.report.render import clean
 
 
@@ -44,7 +44,7 @@ def to_html(sheet: str, items: Sequence[Item], choices: Sequence[Choice]) -> str
     Args:
         sheet: name of the sheet, the start of every row's name.
     """
-    environment = _environment()
+    environment = jinja()
     script, style = (_source(name) for name in ("label.js", "label.css"))
     data = {
         "sheet": sheet,
@@ -66,9 +66,9 @@ def to_html(sheet: str, items: Sequence[Item], choices: Sequence[Choice]) -> str
 
 
 def _source(name: str) -> str:
-    loader = _environment().loader
+    loader = jinja().loader
     assert loader is not None
-    return loader.get_source(_environment(), name)[0]
+    return loader.get_source(jinja(), name)[0]
 
 
 def _hash(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import escape
 
-from demur.report.plots import INK, MUTED, OVER, REFUSE, _rows, _word, to_svg
+from demur.report.plots import INK, MUTED, OVER, REFUSE, data_rows, plain_word, to_svg
 
 GAP, BESIDE, BELOW = 14, 38, 38
 """Pixels: before the column beside a map, of that column, of the axis below."""
@@ -98,7 +98,7 @@ def _text(x: float, y: float, text: str, anchor: str, colour: str) -> str:
 
 
 def _short(text: str) -> str:
-    shown = str(_word(text))
+    shown = str(plain_word(text))
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 
 
@@ -134,7 +134,7 @@ def layer_lines(
         else None
     )
     kind = {"sort": list(series), "legend": legend}
-    lines = alt.Chart(_rows(rows)).mark_line(strokeWidth=2.5)
+    lines = alt.Chart(data_rows(rows)).mark_line(strokeWidth=2.5)
     lines = lines.encode(
         x=x,
         y=y,
@@ -147,7 +147,7 @@ def layer_lines(
     )
     layers = [lines]
     if rule is not None:
-        at = alt.Chart(_rows([{"y": rule[1], "layer": 0, "t": rule[0]}]))
+        at = alt.Chart(data_rows([{"y": rule[1], "layer": 0, "t": rule[0]}]))
         layers.append(at.mark_rule(color=MUTED, strokeDash=[3, 3]).encode(y=y))
         layers.append(
             at.mark_text(align="left", baseline="bottom", dy=-3, fontSize=12.5, color=INK).encode(

@@ -63,7 +63,8 @@ def to_svg(chart: Any, name: str) -> str:
     )
 
 
-def _percent_axis(title: str | None, **more: Any) -> Any:
+def percent_axis(title: str | None, **more: Any) -> Any:
+    """An axis from 0 to 100 % in quarters."""
     import altair as alt
 
     return alt.Axis(title=title, format="%", values=[0, 0.25, 0.5, 0.75, 1], **more)
@@ -90,17 +91,17 @@ def trade_off(
     """
     import altair as alt
 
-    x = alt.X("x:Q", axis=_percent_axis("refuses harmless requests"), scale=alt.Scale(domain=[0, 1]))
+    x = alt.X("x:Q", axis=percent_axis("refuses harmless requests"), scale=alt.Scale(domain=[0, 1]))
     y_title = "refuses what it should"
-    y = alt.Y("y:Q", axis=_percent_axis(y_title), scale=alt.Scale(domain=[0, 1]))
-    diagonal = alt.Chart(_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
+    y = alt.Y("y:Q", axis=percent_axis(y_title), scale=alt.Scale(domain=[0, 1]))
+    diagonal = alt.Chart(data_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
     layers = [diagonal.mark_line(color=GRID, strokeDash=[4, 4], strokeWidth=1.5).encode(x=x, y=y)]
     if band:
         rows = [{"x": a, "y": low, "high": high} for a, low, high in band]
         layers.append(
-            alt.Chart(_rows(rows)).mark_area(color=REFUSE, opacity=0.16).encode(x=x, y=y, y2="high:Q")
+            alt.Chart(data_rows(rows)).mark_area(color=REFUSE, opacity=0.16).encode(x=x, y=y, y2="high:Q")
         )
-    line = alt.Chart(_rows([{"x": a, "y": b, "o": i} for i, (a, b) in enumerate(curve)]))
+    line = alt.Chart(data_rows([{"x": a, "y": b, "o": i} for i, (a, b) in enumerate(curve)]))
     layers.append(
         line.mark_line(color=REFUSE, strokeWidth=2.5, strokeJoin="round").encode(x=x, y=y, order="o:Q")
     )
@@ -117,7 +118,7 @@ def _point_layers(points: Sequence[Point], x: Any, y: Any, labels: bool) -> list
     layers = []
     for point in points:
         shape, fill = _SHAPES[point["kind"]]
-        base = alt.Chart(_rows([dict(point)]))
+        base = alt.Chart(data_rows([dict(point)]))
         layers.append(
             base.mark_point(
                 shape=shape, filled=True, fill=fill, stroke=MARK, strokeWidth=2, size=130, opacity=1
@@ -154,10 +155,10 @@ def dial(taus: Sequence[float], refusal: Sequence[float], over: Sequence[float],
         title="threshold on the probability of refusing", values=[0, 0.25, 0.5, 0.75, 1], format=".2f"
     )
     kind = {"sort": list(lines), "legend": legend}
-    chart = alt.Chart(_rows(rows)).mark_line(strokeWidth=2.5)
+    chart = alt.Chart(data_rows(rows)).mark_line(strokeWidth=2.5)
     chart = chart.encode(
         x=alt.X("x:Q", axis=axis, scale=alt.Scale(domain=[0, 1])),
-        y=alt.Y("y:Q", axis=_percent_axis("refused"), scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("y:Q", axis=percent_axis("refused"), scale=alt.Scale(domain=[0, 1])),
         color=alt.Color(
             "requests that it:N",
             scale=alt.Scale(domain=list(lines), range=[c for c, _, _ in lines.values()]),
@@ -176,10 +177,10 @@ def reliability(bins: Sequence[tuple[float, float, int]], *, name: str) -> str:
     """Reliability diagram from (mean predicted, share observed, n) per non-empty bin; area shows n."""
     import altair as alt
 
-    x = alt.X("x:Q", axis=_percent_axis("predicted probability of refusing"), scale=alt.Scale(domain=[0, 1]))
-    y = alt.Y("y:Q", axis=_percent_axis("share that should be refused"), scale=alt.Scale(domain=[0, 1]))
-    diagonal = alt.Chart(_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
-    base = alt.Chart(_rows([{"x": float(p), "y": float(o), "n": int(n)} for p, o, n in bins]))
+    x = alt.X("x:Q", axis=percent_axis("predicted probability of refusing"), scale=alt.Scale(domain=[0, 1]))
+    y = alt.Y("y:Q", axis=percent_axis("share that should be refused"), scale=alt.Scale(domain=[0, 1]))
+    diagonal = alt.Chart(data_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
+    base = alt.Chart(data_rows([{"x": float(p), "y": float(o), "n": int(n)} for p, o, n in bins]))
     layers = [
         diagonal.mark_line(color=GRID, strokeDash=[4, 4], strokeWidth=1.5).encode(x=x, y=y),
         base.mark_line(color=REFUSE, strokeWidth=2).encode(x=x, y=y, order="x:Q"),
@@ -209,7 +210,7 @@ def heat_map(
     ]
     x = alt.X("column:N", sort=list(columns), axis=_label_axis("emitted", orient="top", labelAngle=-35))
     y = alt.Y("row:N", sort=list(rows), axis=_label_axis("true category"))
-    base = alt.Chart(_rows(cells))
+    base = alt.Chart(data_rows(cells))
     box = base.mark_rect(fill=REFUSE, stroke=PAPER, strokeWidth=2).encode(
         x=x,
         y=y,
@@ -224,7 +225,7 @@ def heat_map(
 def _labels(names: Sequence[str], longest: int = 18) -> list[str]:
     """Names short enough for an axis and still distinct. (Vega would cut an emoji in half and fail.)"""
     out: list[str] = []
-    for name in map(_word, names):
+    for name in map(plain_word, names):
         short = name if len(name) <= longest else name[: longest - 1] + "…"
         out.append(short if short not in out else f"{short} {len(out) + 1}")
     return out
@@ -236,12 +237,14 @@ def _label_axis(title: str, **more: Any) -> Any:
     return alt.Axis(title=title, grid=False, domain=False, ticks=False, labelLimit=0, **more)
 
 
-def _rows(rows: Sequence[Mapping[str, Any]]) -> Any:
+def data_rows(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows as chart data, cleaned of characters that labels may not hold."""
     import altair as alt
 
     # A control character in a label aborts the whole process inside the text measurement.
-    return alt.Data(values=[{k: _word(v) for k, v in r.items()} for r in rows])
+    return alt.Data(values=[{k: plain_word(v) for k, v in r.items()} for r in rows])
 
 
-def _word(value: Any) -> Any:
+def plain_word(value: Any) -> Any:
+    """A text as one clean line; other values as they are."""
     return " ".join(clean(value).split()) if isinstance(value, str) else value

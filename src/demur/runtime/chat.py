@@ -124,7 +124,7 @@ class ChatFormat:
     @cached_property
     def tail(self) -> list[int]:
         """The post-instruction tokens: what the template writes after the last user message."""
-        rows = [self._ids((Message(role="user", content=text),), "probe") for text in self._probes]
+        rows = [self._ids((Message(role="user", content=text),), "probe") for text in self.probes]
         n = 0
         while n < min(map(len, rows)) and len({row[-1 - n] for row in rows}) == 1:
             n += 1
@@ -133,14 +133,14 @@ class ChatFormat:
     @cached_property
     def joins(self) -> bool:
         """Whether the template's text behind a user message can share a token with the message."""
-        for text in self._probes:
+        for text in self.probes:
             owners = self.owners(Prompt.of(text, id="probe"))
             if owners is not None and owners[-len(self.tail) - 1] != {"user"}:
                 return True
         return False
 
     @property
-    def _probes(self) -> tuple[str, ...]:
+    def probes(self) -> tuple[str, ...]:
         """Messages that end differently; words of the tokenizer's own where it knows none of ours."""
         unknown = self.tokenizer.unk_token_id
         if unknown is None or unknown not in self.tokenizer.encode(

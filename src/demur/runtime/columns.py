@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from demur.errors import CapabilityError
-from demur.runtime.forward import FEW_ROWS, _Stop, _stopping_after, _unembedding_at, fast_linear
+from demur.runtime.forward import FEW_ROWS, Stop, fast_linear, stopping_after, unembedding_at
 from demur.runtime.layers import input_device, text_config
 
 ROOM = 32
@@ -175,9 +175,9 @@ def advance(
     with ExitStack() as stack:
         if len(ids) * width >= FEW_ROWS:  # with fewer it gains nothing, and watching every call costs
             stack.enter_context(fast_linear())
-        stack.enter_context(_stopping_after(stop))
+        stack.enter_context(stopping_after(stop))
         if stop is None:
-            stack.enter_context(_unembedding_at(model, torch.full((len(ids),), width - 1, device=device)))
+            stack.enter_context(unembedding_at(model, torch.full((len(ids),), width - 1, device=device)))
         try:
             out = model(
                 input_ids=torch.tensor([list(row) for row in ids], device=device),
@@ -186,7 +186,7 @@ def advance(
                 past_key_values=cache,
                 use_cache=True,
             )
-        except _Stop:
+        except Stop:
             return torch.empty(0)
     logits: Tensor = out.logits[:, -1].float()
     return logits

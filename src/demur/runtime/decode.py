@@ -29,7 +29,7 @@ WINDOW = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """One prompt on its way to an answer."""
 
     prompt: Prompt
@@ -48,25 +48,25 @@ def window(
     count: Callable[[int], None],
 ) -> Iterator[Reply]:
     """Replies to one window of prompts, samples of a prompt side by side, in input order."""
-    jobs = [_prepare(runtime, p, condition) for p in prompts]
-    jobs = _decided(runtime, jobs, condition, decide)
+    jobs = [prepare(runtime, p, condition) for p in prompts]
+    jobs = decided(runtime, jobs, condition, decide)
     rows = [j for j in jobs if j.error is None]
     draws = 1 if condition.temperature == 0 else samples
-    ends = _end_ids(runtime)
+    ends = end_ids(runtime)
 
     def work(batch: list[int], prefix: Prefix | None) -> list[list[list[int]]]:
-        ids = [_with_control(runtime, rows[i]) for i in batch]
+        ids = [with_control(runtime, rows[i]) for i in batch]
         forced = torch.tensor([rows[i].forced is not None for i in batch])
         out = []
         for sample in range(draws):
-            seed = _seed(condition.seed, rows[batch[0]].prompt.id, sample)
+            seed = seed_of(condition.seed, rows[batch[0]].prompt.id, sample)
             out.append(_generate(runtime, ids, prefix, condition, forced, ends, seed))
         count(len(batch))
         return [list(of_row) for of_row in zip(*out, strict=True)]
 
     texts = iter(
         runtime.batched(
-            [_with_control(runtime, j) for j in rows],
+            [with_control(runtime, j) for j in rows],
             work,
             extra=condition.max_new_tokens,
             share=gap_fits(runtime.model),
@@ -77,21 +77,20 @@ def window(
             count(1)
         outputs = [] if job.error is not None else next(texts)
         for sample in range(samples):
-            yield _reply(runtime, job, condition, sample, outputs[sample % draws] if outputs else [], ends)
+            yield reply_of(runtime, job, condition, sample, outputs[sample % draws] if outputs else [], ends)
 
 
-def _prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> _Job:
+def prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> Job:
+    """The prompt as token ids; one that cannot be asked is a job with an error."""
     try:
         ids = runtime.chat.render(prompt.with_system(condition.system)).ids
         runtime.check_fits(prompt, ids, condition.max_new_tokens)
     except DemurError as e:
-        return _Job(prompt, [], error=str(e))
-    return _Job(prompt, ids)
+        return Job(prompt, [], error=str(e))
+    return Job(prompt, ids)
 
 
-def _decided(
-    runtime: LocalRuntime, jobs: list[_Job], condition: Condition, decide: Decide | None
-) -> list[_Job]:
+def decided(runtime: LocalRuntime, jobs: list[Job], condition: Condition, decide: Decide | None) -> list[Job]:
     """Jobs with their first-position score and the control category that the rule puts in front."""
     if runtime.control is None or (decide is None and runtime.chat.thinks):
         return jobs
@@ -115,7 +114,8 @@ def _decided(
     return out
 
 
-def _with_control(runtime: LocalRuntime, job: _Job) -> list[int]:
+def with_control(runtime: LocalRuntime, job: Job) -> list[int]:
+    """The prompt's ids, and the control token that was decided behind them."""
     if job.forced is None or runtime.control is None:
         return job.ids
     return [*job.ids, runtime.control.ids[job.forced]]
@@ -202,20 +202,22 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids if at is None else ids[: at + 1]
 
 
-def _end_ids(runtime: LocalRuntime) -> list[int]:
+def end_ids(runtime: LocalRuntime) -> list[int]:
+    """Ids that end an answer: the checkpoint's, and the tokenizer's."""
     given = getattr(runtime.model.generation_config, "eos_token_id", None)
     ids = list(given) if isinstance(given, (list, tuple)) else [given]
     return list(dict.fromkeys(int(i) for i in [*ids, runtime.tokenizer.eos_token_id] if i is not None))
 
 
-def _seed(seed: int, prompt_id: str, sample: int) -> int:
+def seed_of(seed: int, prompt_id: str, sample: int) -> int:
     """A stream of its own for each batch and sample, so that rerunning a batch gives the same text."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt_id}|{sample}".encode()).digest()[:7], "big")
 
 
-def _reply(
-    runtime: LocalRuntime, job: _Job, condition: Condition, sample: int, ids: list[int], ends: Sequence[int]
+def reply_of(
+    runtime: LocalRuntime, job: Job, condition: Condition, sample: int, ids: list[int], ends: Sequence[int]
 ) -> Reply:
+    """The reply that these new ids are, without control and end tokens."""
     reply = Reply(prompt_id=job.prompt.id, condition=condition.name, sample=sample)
     if job.error is not None:
         return replace(reply, error=job.error, finish_reason="error")

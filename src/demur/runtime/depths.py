@@ -57,7 +57,7 @@ def header_ids(chat: ChatFormat) -> list[int]:
     '<|im_end|>\\n<|im_start|>assistant\\n'
     """
     found = set()
-    for text in chat._probes:
+    for text in chat.probes:
         messages = (Message(role="user", content="a"), Message(role="assistant", content=text))
         prompt = Prompt(id="header", messages=messages)
         written, whole = chat.render(prompt).ids, chat.render(prompt, header=True).ids
@@ -138,7 +138,7 @@ def header_scores(
     """
     if ids is None:
         own = runtime.control
-        ids = [own.ids[c] for c in own.names] if own else runtime._openings
+        ids = [own.ids[c] for c in own.names] if own else runtime.openings
     columns = torch.tensor(list(ids))
 
     def read(way: Way, row: DepthRow, some: Sequence[int]) -> Tensor:
@@ -256,7 +256,7 @@ def _packed(
     mask.masked_fill_(~open_QT, torch.finfo(model.dtype).min)
     with ExitStack() as stack:
         stack.enter_context(forward.fast_linear())
-        stack.enter_context(forward._stopping_after(stop))
+        stack.enter_context(forward.stopping_after(stop))
         if stop is None:
             stack.enter_context(_unembedding_of(model, range(S - 1, total, S)))
         try:
@@ -267,7 +267,7 @@ def _packed(
                 past_key_values=cache,
                 use_cache=True,
             )
-        except forward._Stop:
+        except forward.Stop:
             return torch.empty(0)
     logits: Tensor = out.logits[0]
     return logits

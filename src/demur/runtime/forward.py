@@ -29,7 +29,7 @@ FEW_ROWS = 16
 """Rows of a matrix product below which oneDNN gains nothing on MKL."""
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Raised by a hook once everything asked for has been read."""
 
 
@@ -83,16 +83,18 @@ class SiteReader:
 
 
 @contextmanager
-def _stopping_after(module: nn.Module | None) -> Iterator[None]:
+def stopping_after(module: nn.Module | None) -> Iterator[None]:
+    """A pass inside ends with `Stop` once this module has run; None lets it run to the end."""
+
     def stop(*_: Any) -> None:
-        raise _Stop
+        raise Stop
 
     with hooked(*([] if module is None else [module.register_forward_hook(stop)])):
         yield
 
 
 @contextmanager
-def _unembedding_at(model: Any, rows_B: Tensor) -> Iterator[None]:
+def unembedding_at(model: Any, rows_B: Tensor) -> Iterator[None]:
     """Let the unembedding see one position of each row: works alike for every architecture and release."""
 
     def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -128,12 +130,12 @@ def run(
     ends_B = torch.tensor([len(row) - 1 for row in rows], device=device)
     with ExitStack() as stack:
         stack.enter_context(fast_linear())
-        stack.enter_context(_stopping_after(stop))
+        stack.enter_context(stopping_after(stop))
         if stop is None:
-            stack.enter_context(_unembedding_at(model, ends_B))
+            stack.enter_context(unembedding_at(model, ends_B))
         try:
             out = model(input_ids=tokens_BT, past_key_values=cache, use_cache=cache is not None)
-        except _Stop:
+        except Stop:
             return None
     logits: Tensor = out.logits
     if logits.shape[:2] != (len(rows), 1):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from demur.errors import InputError
 from demur.runtime import batching, forward, layers
 from demur.runtime.columns import Columns, advance
-from demur.runtime.decode import _end_ids
+from demur.runtime.decode import end_ids
 from demur.types import Condition, Site
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Lanes:
     """
 
     def __init__(self, runtime: LocalRuntime) -> None:
-        self.runtime, self.ends = runtime, tuple(_end_ids(runtime))
+        self.runtime, self.ends = runtime, tuple(end_ids(runtime))
         self._control = list(runtime.control.ids.values()) if runtime.control else []
         self._cache = Columns(runtime.model)
         self._lanes: dict[int, _Lane] = {}
@@ -273,7 +273,7 @@ class Lanes:
             last = n
         todo = [n for n in owner if owner[n] == n]
         where: dict[int, tuple[Columns, int]] = {}
-        for batch in batching.plan([len(heads[n]) for n in todo], self.runtime._budget(0)):
+        for batch in batching.plan([len(heads[n]) for n in todo], self.runtime.budget(0)):
             part = Columns(self.runtime.model)
             rows = [todo[b] for b in batch]
             if any(heads[n] for n in rows):

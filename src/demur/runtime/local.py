@@ -274,7 +274,7 @@ class LocalRuntime(Runtime):
             prefix = self._prefix(rows, first, stop, kept) if share else None
             skip = prefix.length if prefix else 0
             lengths = [len(r) - skip + extra for r in rows]
-            todo = batching.plan(lengths, self._budget(extra))
+            todo = batching.plan(lengths, self.budget(extra))
             while todo:
                 batch = todo.pop(0)
                 try:
@@ -286,7 +286,8 @@ class LocalRuntime(Runtime):
                     results[i] = result
         return results  # type: ignore[return-value]
 
-    def _budget(self, extra: int) -> int:
+    def budget(self, extra: int) -> int:
+        """Padded tokens for one pass; `extra` are those that each row will grow by."""
         on_cpu = layers.input_device(self.model).type == "cpu"
         return min(self.token_budget, CPU_PASS) if on_cpu and not extra else self.token_budget
 
@@ -356,7 +357,7 @@ class LocalRuntime(Runtime):
         z_BV = logits_BV.float() / T
         lse_B1 = z_BV.logsumexp(-1, keepdim=True)
         if self.control is None:
-            mass = (z_BV[:, self._openings] - lse_B1).exp().sum(-1).clamp(max=1).tolist()
+            mass = (z_BV[:, self.openings] - lse_B1).exp().sum(-1).clamp(max=1).tolist()
             return [
                 Score(id=i, p_refuse=p, T=T, kind="first_token", condition=condition)
                 for i, p in zip(ids, mass, strict=True)
@@ -380,7 +381,8 @@ class LocalRuntime(Runtime):
         ]
 
     @property
-    def _openings(self) -> list[int]:
+    def openings(self) -> list[int]:
+        """Ids of the tokens that open usual refusals (`REFUSAL_OPENINGS`)."""
         firsts = {self.tokenizer.encode(text, add_special_tokens=False)[0] for text in REFUSAL_OPENINGS}
         return sorted(firsts)
 

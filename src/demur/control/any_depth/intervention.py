@@ -209,27 +209,27 @@ def _write(
         raise InputError(f"{runtime.name!r} has no control tokens, so a decision rule has nothing to force")
     if samples < 1:
         raise InputError(f"samples={samples}: at least one answer per prompt")
-    jobs = decode._decided(
-        runtime, [decode._prepare(runtime, p, condition) for p in prompts], condition, decide
+    jobs = decode.decided(
+        runtime, [decode.prepare(runtime, p, condition) for p in prompts], condition, decide
     )
     draws = 1 if condition.temperature == 0 else samples
     asked: list[tuple[Asked, _Row]] = []
     for job in jobs:
         begun = job.error is None and job.prompt.messages[-1].role == "assistant"
         for sample in range(draws if job.error is None else 0):
-            seed = decode._seed(condition.seed, job.prompt.id, sample)
+            seed = decode.seed_of(condition.seed, job.prompt.id, sample)
             own = dataclasses.replace(condition, seed=seed)
-            ids = decode._with_control(runtime, job)
+            ids = decode.with_control(runtime, job)
             asked.append(((ids, own, begun or job.forced is not None), _Row(begun)))
     for k in range(0, len(asked), ROWS):
         _side_by_side(runtime, method, asked[k : k + ROWS], stop)
     rows = (row for _, row in asked)
-    ends = decode._end_ids(runtime)
+    ends = decode.end_ids(runtime)
     for job in jobs:
         mine = [next(rows) for _ in range(draws)] if job.error is None else [_Row()]
         for sample in range(samples):
             row = mine[sample % len(mine)]
-            reply = decode._reply(runtime, job, condition, sample, row.ids, ends)
+            reply = decode.reply_of(runtime, job, condition, sample, row.ids, ends)
             if row.halt is not None:
                 reply = dataclasses.replace(
                     reply,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from demur.calibrate.base import Slice
-from demur.calibrate.learn_then_test import LearnThenTest
 from demur.control.any_depth.answers import FloatArray
+from demur.control.stopping import stopping_cut
 from demur.errors import InputError
 from demur.explain.probe import Cut
-from demur.stats.controls import labels
 
 _CLAIM = "the share of harmless answers that a check at any of the depths stops"
 
@@ -35,17 +33,9 @@ def answer_cut(
     Raises:
         UnsupportedClaim: too few harmless answers for `fpr` and `delta`. InputError: one class only.
     """
-    highest = per_answer(scores)
-    yes = labels(harmful, highest.size)
-    if yes.all() or not yes.any():
-        raise InputError(f"all {yes.size} answers are labelled {bool(yes[0])}; a threshold needs both kinds")
-    rows, rule = Slice("harmful", highest[yes], highest[~yes]), LearnThenTest(fpr, delta)
-    [choice] = rule.choose([rows])
-    assert choice.bound is not None
-    k, n = int((rows.benign >= choice.tau).sum()), rows.benign.size
-    where = f"answers drawn like {on}" if on else "answers drawn like the calibration set"
-    cut = Cut(threshold=choice.tau, target=fpr, k=k, n=n, delta=delta, upper=choice.bound)
-    return cut, rule.guarantee([rows], where, _CLAIM)
+    return stopping_cut(
+        per_answer(scores), harmful, fpr=fpr, delta=delta, things="answers", claim=_CLAIM, on=on
+    )
 
 
 def per_answer(scores: npt.ArrayLike) -> FloatArray:
