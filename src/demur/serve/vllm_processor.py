@@ -16,7 +16,7 @@ DEMUR_VLLM names a YAML file (paths from its folder):
     allow_refusal_lowering: false   # consent to a looser safety threshold than the model's own point
 
 Files are read once, when the engine starts: workers that share a model must not change their minds at different
-moments. Importing this module needs torch, PyYAML and pydantic, and no other part of demur that needs more.
+moments. Importing this module needs torch and demur without extras.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from demur.control.refusal_tokens import RefusalTokens as RefusalRule
 from demur.errors import InputError, MismatchError, RefusalLowering
 from demur.files import load_operating_point, read_text
 from demur.types import RESPOND, OperatingPoint
@@ -54,7 +55,6 @@ except ImportError:
 
 SETTINGS_ENV = "DEMUR_VLLM"
 ARGUMENT = "demur_operating_point"
-SAFETY = "safety"
 _KNOWN = {"operating_point", "overrides", "control_tokens", "allow_refusal_lowering"}
 
 
@@ -119,7 +119,7 @@ class Rule:
             InputError: a category the model does not have, a threshold that is no number.
         """
         names = [*sorted((c for c in ids if c != RESPOND), key=ids.__getitem__), RESPOND]
-        taus = thresholds(point)
+        taus = RefusalRule(point).cuts(names)
         if unknown := sorted(set(point.thresholds) - set(names[:-1])):
             raise InputError(
                 f"operating point {point.id!r} has thresholds for {', '.join(unknown)}; the model knows "
@@ -129,8 +129,6 @@ class Rule:
             raise InputError(
                 f"operating point {point.id!r}: T={point.T}, thresholds {taus}; not usable numbers"
             )
-        if point.rule == "compare" and not taus:
-            taus = dict.fromkeys(names[:-1], -1.0)
         return cls(
             torch.tensor([ids[n] for n in names], device=device),
             torch.tensor([taus.get(n, math.nan) for n in names[:-1]], dtype=torch.float64, device=device),
@@ -155,27 +153,6 @@ class Rule:
         yes = compare if self.rule == "compare" else torch.where(cut < 0, compare, score >= cut)
         chosen = torch.where(yes, self.columns[best], self.columns[-1])
         return chosen.masked_fill(cut.isnan(), -1)
-
-
-def thresholds(point: OperatingPoint) -> dict[str, float]:
-    """Threshold by steered category: those in force, without shadow mode.
-
-    Raises:
-        InputError: a bias and a tau that contradict each other.
-    """
-    out = {c: t.tau for c, t in point.thresholds.items() if t.mode != "shadow"}
-    for c in out if point.rule == "bias" else ():
-        bias = point.thresholds[c].bias
-        if bias is None:
-            continue
-        share = 1 / (1 + math.exp(min(bias, 700)))
-        if abs(share - out[c]) > 1e-6:
-            raise InputError(
-                f"operating point {point.id!r}, category {c!r}: tau {out[c]} and bias {bias} disagree; "
-                f"tau must be {share:.6g}, or leave bias out"
-            )
-        out[c] = share
-    return out
 
 
 def forced(rows_NV: Tensor, chosen_N: Tensor) -> Tensor:
@@ -263,30 +240,12 @@ def _check(
             "operating point %s was calibrated in %s, the engine runs in %s: its guarantee no longer holds exactly",
             point.id, point.dtype, dtype,
         )  # fmt: skip
-    if shipped is not None and (why := lowers_safety(point, shipped)):
-        if not allowed:
-            raise RefusalLowering(
-                f"{why}. If that is what you want, put allow_refusal_lowering: true into the file of "
-                f"{SETTINGS_ENV}"
-            )
-        log.warning("allowed: %s", why)
-
-
-def lowers_safety(point: OperatingPoint, shipped: OperatingPoint) -> str | None:
-    """Why `point` may refuse less in category safety than `shipped`, as `control.RefusalTokens` has it."""
-    ours, theirs = point.thresholds.get(SAFETY), shipped.thresholds.get(SAFETY)
-    if theirs is None or theirs.mode == "shadow" or (ours is None and theirs.tau >= 0.5):
-        return None
-    same = (point.rule, point.T) == (shipped.rule, shipped.T)
-    if point.rule == "total_mass" and set(thresholds(shipped)) - set(thresholds(point)):
-        same = False
-    if ours is not None and ours.mode != "shadow" and same:
-        both_compare = ours.tau < 0 and theirs.tau < 0
-        if both_compare or (0.5 if ours.tau < 0 else ours.tau) <= max(theirs.tau, 0.0) + 1e-4:
-            return None
-    return (
-        f"operating point {point.id!r} may refuse less in category {SAFETY!r} than the shipped {shipped.id!r}"
-    )
+    try:
+        RefusalRule(point, shipped=shipped, allow_refusal_lowering=allowed)
+    except RefusalLowering as e:
+        raise RefusalLowering(
+            f"{e}. For vLLM: allow_refusal_lowering: true in the file of {SETTINGS_ENV}"
+        ) from None
 
 
 def check_params(params: Any) -> None:
