@@ -222,7 +222,7 @@ class Settings(_Part):
             raise InputError(f"{path or 'settings'}: {explained(e)}") from None
 
     @property
-    def open_to(self) -> bool:
+    def on_loopback(self) -> bool:
         """Whether the server listens on loopback only."""
         return self.host in LOOPBACK
 
@@ -240,7 +240,7 @@ class Settings(_Part):
             InputError: the variable or file is missing or empty, or an open server is not on loopback.
         """
         if self.keys is None:
-            if not self.open_to and not self.no_auth:
+            if not self.on_loopback and not self.no_auth:
                 raise InputError(
                     f"host {self.host!r} can be reached from elsewhere and no API keys are set. Name them "
                     "(keys: {env: DEMUR_SERVE_KEYS}, or --keys-env), or say --no-auth if anybody may ask"

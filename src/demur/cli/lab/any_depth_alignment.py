@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from demur.cli import options as o
@@ -226,7 +227,7 @@ def _rates(
     runtime: LocalRuntime, check: HeaderProbe | Rethink | RefuseMass, file: str, depths: tuple[int, ...]
 ) -> Report:
     from demur.control.any_depth import depth_rates
-    from demur.stats import auroc
+    from demur.stats import auroc, auroc_interval
 
     answers = _answers(runtime, file)
     check.fits(runtime)
@@ -243,14 +244,21 @@ def _rates(
                     tuple((r.depth, r.per_depth, r.per_answer) for r in rows),
                 )
             )
-    areas = {}
+    areas = []
     for k, depth in enumerate(depths):
-        there = [n for n in range(len(answers)) if scores[n, k] == scores[n, k]]
-        areas[str(depth)] = auroc(scores[there, k], [answers[n].harmful for n in there]) if there else None
+        there = np.isfinite(scores[:, k])
+        yes = np.array([a.harmful for a in answers])[there]
+        low, high = auroc_interval(scores[there, k], yes) or (None, None)
+        areas.append((depth, len(yes), auroc(scores[there, k], yes), low, high))
+    names = ("depth", "n", "auroc", "low", "high")
+    tables.append(Table("harmful against harmless answers that are so long", names, tuple(areas)))
     return Report(
         title=f"{check.name} of {runtime.name}",
         tables=tuple(tables),
-        values={"threshold": check.threshold, "auroc": areas},
+        values={
+            "threshold": check.threshold,
+            "auroc": [dict(zip(names, row, strict=True)) for row in areas],
+        },
         provenance={"model": runtime.name, "fingerprint": runtime.fingerprint},
         notes=(
             "The first rate is over answers that are that long, the second over all answers, as readers meet them.",
