@@ -51,9 +51,25 @@ def test_own_pairs_and_statements(cli: Cli, tmp_path: Path) -> None:
     assert found["refusal"] is None
 
 
+def test_examples_in_another_encoding_are_named(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("Zürich".encode("latin-1"))
+    done = cli(*LAB, "--part", "truth", "--before", tmp_path / "b.txt")
+    assert done.code == 2 and "not UTF-8" in done.err and "Traceback" not in done.err
+
+
 def test_json(cli: Cli) -> None:
     done = cli(*LAB, "--part", "confidence", "--json")
     assert done.code == 0 and json.loads(done.out)["confidence"]["iou"] == 1.0
+
+
+def test_noise_and_no_question(cli: Cli, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("true_statement,false_statement\n" + "".join(f"{p.true},{p.false}\n" for p in PAIRS))
+    some = (*LAB, "--part", "knowledge", "--pairs", pairs, "--no-question", "--noise", "3", "--draws", "2")
+    found = json.loads(cli(*some, "--seed", "5", "--json").out)["knowledge"]
+    assert found["noise"] == {"share": 3.0, "draws": 2, "seed": 5} and found["columns"][-1] == "in"
+    text = cli(*some).out
+    assert "noised run" in text and "Noise on the subject: 3 SD, 2 draws" in text
 
 
 @pytest.mark.parametrize(
@@ -61,6 +77,8 @@ def test_json(cli: Cli) -> None:
     [
         (("--part", "facts"), "parts are"),
         (("--statements", "cities"), "NAME=FILE"),
+        (("--noise", "-1"), "at least 0"),
+        (("--draws", "2"), "--noise"),
         (("--part", "truth", "--pairs", "no.csv"), "no.csv"),
     ],
 )

@@ -11,7 +11,7 @@ import typer
 from demur.cli import options as o
 from demur.cli.screen import bar, say
 from demur.errors import InputError
-from demur.files import write_atomic
+from demur.files import read_text, write_atomic
 from demur.report.render import to_text
 
 
@@ -27,6 +27,23 @@ def run(
     pairs: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="CSV or JSONL with true_statement and false_statement."),
+    ] = None,
+    no_question: Annotated[
+        bool,
+        typer.Option(
+            "--no-question", help="Complete the sentences instead of asking whether statements are true."
+        ),
+    ] = False,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Noise on the subject instead of a false statement, in standard deviations of its embeddings "
+            "(3, say).",
+        ),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="With --noise: draws that are averaged; default 3.")
     ] = None,
     statements: Annotated[
         list[str] | None,
@@ -62,8 +79,11 @@ def run(
     Facts and truth need statements: the public files of this method, or your own. Refusal uses the safety requests
     of the shipped corpus. SmolLM2 with and without its adapter takes some minutes.
     """
-    from demur.explain.post_training import PARTS, compare, load_pairs, load_statements
+    from demur.explain.post_training import PARTS, Noise, compare, load_pairs, load_statements
 
+    if draws is not None and noise is None:
+        raise InputError(f"--draws {draws} says how often noise is drawn; give its size with --noise")
+    disturbed = None if noise is None else Noise(share=noise, draws=draws or 3, seed=seed)
     sets = dict(_named(text) for text in statements or ())
     runtimes = [o.load_model(name) for name in (base, tuned)]
     with bar() as b:
@@ -78,7 +98,9 @@ def run(
             *runtimes,
             parts=tuple(part) if part else PARTS,
             pairs=load_pairs(pairs) if pairs else None,
-            before=before.read_text("utf-8") if before else None,
+            before=read_text(before) if before else None,
+            question=not no_question,
+            noise=disturbed,
             statements=load_statements(sets, seed=seed) if sets else None,
             max_pairs=max_pairs,
             cross=cross,

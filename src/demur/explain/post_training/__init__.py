@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from demur.explain.post_training.comparison import PARTS, compare
+from demur.explain.post_training.noise import Noise
 from demur.explain.post_training.results import (
     Comparison,
     Confidence,
@@ -26,6 +27,7 @@ __all__ = [
     "Likeness",
     "Neuron",
     "Nie",
+    "Noise",
     "Pair",
     "Refusal",
     "Statement",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from demur.errors import CapabilityError, DataUnavailable, InputError
+from demur.explain.post_training.noise import Noise
 from demur.explain.post_training.results import Comparison, Confidence, Knowledge, Refusal, Truth
 from demur.explain.post_training.statements import (
     COMPLETIONS,
@@ -17,10 +18,12 @@ from demur.explain.post_training.statements import (
     completions,
     load_pairs,
     load_statements,
+    unasked,
 )
-from demur.types import Card, Prompt
+from demur.types import Card, Prompt, Rate
 
 if TYPE_CHECKING:
+    from demur.explain.post_training.tracing import Trace
     from demur.runtime.base import Runtime
     from demur.runtime.local import LocalRuntime
 
@@ -34,6 +37,7 @@ CARD = Card(
     files=(
         "explain/post_training/comparison.py",
         "explain/post_training/tracing.py",
+        "explain/post_training/noise.py",
         "explain/post_training/truth.py",
         "explain/post_training/refusal.py",
         "explain/post_training/entropy.py",
@@ -60,6 +64,8 @@ def compare(
     parts: Sequence[str] = PARTS,
     pairs: Sequence[Pair] | None = None,
     before: str | None = None,
+    question: bool = True,
+    noise: Noise | None = None,
     statements: Mapping[str, Sequence[Statement]] | None = None,
     fit: Requests | None = None,
     test: Requests | None = None,
@@ -82,6 +88,8 @@ def compare(
         parts: which analyses to make, of `PARTS`.
         pairs: for the maps of facts; default the public pairs of cities, asked for a verdict if both models tell
             true from false that way, else as sentences to be completed. before: examples in front of them.
+        question: False never asks for a verdict and completes the sentences (`statements.unasked` for your own).
+        noise: disturb the subject of the true statements instead of taking the false ones.
         statements: sets for the truth direction, at least three; default the public six.
         fit, test: (harmful, harmless) requests; default the safety prompts of the shipped corpus, parts train
             and test, against as many look-alikes and ordinary ones.
@@ -113,9 +121,12 @@ def compare(
             return None
 
     def facts() -> Knowledge:
-        chosen, text, why = (pairs, before or "", None) if pairs is not None else _public_pairs(both)
-        notes.extend([why] if why else [])
-        return _knowledge(both, chosen, text, max_pairs, cross, seed, progress)
+        if pairs is None:
+            chosen, text, why = _public_pairs(both, question)
+            notes.extend([why] if why else [])
+        else:
+            chosen, text = pairs if question else unasked(pairs), before or ""
+        return _knowledge(both, chosen, text, max_pairs, cross, noise, seed, progress)
 
     def truth() -> Truth:
         examples = before if before is not None else FEW_SHOT
@@ -210,10 +221,12 @@ def _matched(both: Mapping[str, LocalRuntime]) -> tuple[int, int]:
 # --- facts ------------------------------------------------------------------------------------------------------
 
 
-def _public_pairs(both: Mapping[str, LocalRuntime]) -> tuple[Sequence[Pair], str, str | None]:
+def _public_pairs(both: Mapping[str, LocalRuntime], question: bool) -> tuple[Sequence[Pair], str, str | None]:
     from demur.explain.post_training.tracing import align, margins
 
     pairs = load_pairs()
+    if not question:
+        return completions(pairs), COMPLETIONS, None
     right = []
     for runtime in both.values():
         true, false = margins(runtime, align(runtime.tokenizer, pairs, before=FEW_SHOT, most=PAIRS))
@@ -233,12 +246,12 @@ def _knowledge(
     before: str,
     most: int | None,
     cross: bool,
+    noise: Noise | None,
     seed: int,
     progress: Stage | None,
 ) -> Knowledge:
     from demur.explain.post_training.maps import likeness
     from demur.explain.post_training.tracing import align, trace
-    from demur.stats import rate
 
     aligned = align(both["base"].tokenizer, pairs, before=before, most=most)
     for ids in (
@@ -248,14 +261,21 @@ def _knowledge(
             raise InputError(
                 "the two tokenizers split the same text differently; take checkpoints with one tokenizer"
             )
-    traces = {m: trace(r, aligned, progress=progress, label=f"facts, {m}") for m, r in both.items()}
+    traces = {
+        m: trace(r, aligned, noise=noise, progress=progress, label=f"facts, {m}") for m, r in both.items()
+    }
     alike = {"tuned": likeness(traces["base"].cells, traces["tuned"].cells, aligned.roles, seed=seed)}
     own = dict(traces)
     if cross:
         for source, target in (("base", "tuned"), ("tuned", "base")):
             name = f"{source} into {target}"
             found = trace(
-                both[target], aligned, source=both[source], progress=progress, label=f"facts, {name}"
+                both[target],
+                aligned,
+                source=both[source],
+                noise=noise,
+                progress=progress,
+                label=f"facts, {name}",
             )
             traces[name] = found
             alike[name] = likeness(own[target].cells, found.cells, aligned.roles, seed=seed)
@@ -267,9 +287,17 @@ def _knowledge(
         roles=aligned.roles,
         maps={m: tuple(map(tuple, t.cells.mean(0).tolist())) for m, t in traces.items()},
         margins={m: (float(t.true.mean()), float(t.false.mean())) for m, t in own.items()},
-        right={m: rate(int((t.true > 0).sum() + (t.false < 0).sum()), 2 * n) for m, t in own.items()},
+        right={m: _right(t, noise) for m, t in own.items()},
         likeness=alike,
+        noise=noise,
     )
+
+
+def _right(found: Trace, noise: Noise | None) -> Rate:
+    from demur.stats import rate
+
+    hits = [*(found.true > 0), *(() if noise else found.false < 0)]
+    return rate(int(np.sum(hits)), len(hits))
 
 
 # --- truth and refusal ------------------------------------------------------------------------------------------

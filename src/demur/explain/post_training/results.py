@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from demur.types import Rate, Report, Table
+
+if TYPE_CHECKING:
+    from demur.explain.post_training.noise import Noise
 
 Map = tuple[tuple[float, ...], ...]
 """Layers x columns."""
@@ -54,6 +57,8 @@ class Knowledge:
             logit(TRUE) - logit(FALSE), or of the pair's own two answers, after the copy, layers x columns.
         margins: model -> mean of that difference in its (true, false) runs, without any copy.
         right: model -> share of the 2 x pairs statements whose difference has the right sign.
+        noise: what stood in the place of the false statements, if anything; then `margins` are (true, noised true)
+            and `right` is of the true ones.
         likeness: "tuned" (against "base") and, with `cross`, each mixed map against the target's own.
     """
 
@@ -65,6 +70,7 @@ class Knowledge:
     margins: Mapping[str, tuple[float, float]]
     right: Mapping[str, Rate]
     likeness: Mapping[str, Likeness]
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,11 +294,12 @@ def _knowledge(k: Knowledge) -> list[Table]:
         )
         for name, x in k.likeness.items()
     )
+    by = f" Noise on the subject: {k.noise.share:g} SD, {k.noise.draws} draws." if k.noise else ""
     entry = tuple((m, k.right[m], *k.margins[m]) for m in k.margins)
     return [
         Table(
             "Facts: is the right answer preferred at all?",
-            ("model", "right sign", "true run", "false run"),
+            ("model", "right sign", "true run", "noised run" if k.noise else "false run"),
             entry,
             "Mean difference of the two answers' logits. Where it is the same in both runs, the maps show nothing.",
         ),
@@ -300,7 +307,7 @@ def _knowledge(k: Knowledge) -> list[Table]:
             "Facts: likeness of the patch maps",
             columns,
             rows,
-            f"{k.pairs} pairs of statements ({k.left_out} of another token shape left out); tuned against base.",
+            f"{k.pairs} pairs of statements ({k.left_out} of other token shapes left out); tuned against base.{by}",
         ),
     ]
 

@@ -7,7 +7,7 @@ same columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,41 @@ def completions(pairs: Sequence[Pair]) -> list[Pair]:
         if own is not None and own != country:
             out.append(Pair(true=f"{head} is in", false=f"{other} is in", answers=(f" {country}", f" {own}")))
     return out
+
+
+def unasked(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs of one's own as sentences to be completed: each stops before its last word.
+
+    The right next word of a false statement is looked up among the true ones; pairs whose false subject has no
+    true statement there, or the same last word, are left out. Pairs with answers stay as they are.
+
+    Raises:
+        InputError: no pair is left.
+
+    >>> pairs = [Pair(true="Oslo is in Norway.", false="Rome is in Norway.")]
+    >>> unasked([*pairs, Pair(true="Rome is in Italy.", false="Oslo is in Italy.")])[0]
+    Pair(true='Oslo is in', false='Rome is in', answers=(' Norway', ' Italy'))
+    """
+    right = dict(_before_last(p.true) for p in pairs if p.answers is None)
+    out = []
+    for pair in pairs:
+        (true, word), (false, _) = _before_last(pair.true), _before_last(pair.false)
+        own = right.get(false)
+        if pair.answers is not None:
+            out.append(pair)
+        elif own is not None and own != word:
+            out.append(replace(pair, true=true, false=false, answers=(f" {word}", f" {own}")))
+    if not out:
+        raise InputError(
+            f"none of {len(pairs)} pairs can be completed: no false statement's subject has a true statement among "
+            "the others, so its right next word is not known. Give the columns true_answer and false_answer"
+        )
+    return out
+
+
+def _before_last(text: str) -> tuple[str, str]:
+    head, _, word = text.rstrip(" .!?").rpartition(" ")
+    return head, word
 
 
 def load_statements(

@@ -1,4 +1,4 @@
-"""Causal tracing: copy the state of a true statement into the run of a false one, cell by cell.
+"""Causal tracing: copy the state of a true statement into the run of a false or a noised one, cell by cell.
 
 A cell is a layer and a token. Copying the output of block l at token t leaves everything before t and everything
 up to block l as it was, so only the blocks behind l run again, only on the tokens from t on, on top of the kept
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from demur.errors import InputError
+from demur.explain.post_training.noise import Noise, adding
 from demur.explain.post_training.results import Role
 from demur.explain.post_training.statements import ANSWERS, SUFFIX, Pair
 from demur.runtime import forward
@@ -192,12 +194,18 @@ class Trace:
 
     Attributes:
         cells: (n, layers, columns) logit(first answer) - logit(second) after the copy. false, true: (n,) the same
-            in the runs without a copy.
+            in the runs without a copy. With noise, `false` is the noised true run, and it and `cells` are means
+            over the draws.
     """
 
     cells: FloatArray
     false: FloatArray
     true: FloatArray
+
+    @property
+    def gain(self) -> FloatArray:
+        """What the copy changes, (n, layers, columns): cells - false."""
+        return self.cells - self.false[:, None, None]
 
 
 def trace(
@@ -205,22 +213,35 @@ def trace(
     aligned: Aligned,
     *,
     source: LocalRuntime | None = None,
+    noise: Noise | None = None,
     progress: Stage | None = None,
     label: str = "tracing",
 ) -> Trace:
     """Patch every cell of every pair. With `source`, the true states are those of that model.
 
+    With `noise`, the run that is patched is not the false statement's but the true one's, the embeddings of its
+    subject disturbed; the false statement only gives the second answer.
+
     Tokens before the subject are the same in both runs, so copying them within one model changes nothing; these
     cells hold the false run's value. With another `source` they are patched too.
 
     Raises:
-        InputError: the source has other layers or another width. CapabilityError: blocks that cannot be told.
+        InputError: the source has other layers or another width; noise and no token of the subject.
+        CapabilityError: blocks that cannot be told.
     """
     blocks = find_layers(runtime.model)
     n, T = aligned.true.shape
     first = aligned.start + (aligned.subject if source is None else 0)
-    cells = np.empty((n, len(blocks), T - aligned.start))
-    margins = np.empty((2, n))
+    draws = [None] if noise is None else noise.drawn(runtime, aligned)
+    ids = aligned.false if noise is None else aligned.true
+    cells = np.zeros((n, len(blocks), T - aligned.start))
+    margins = np.zeros((2, n))
+    done, passes = count(1), -(-n // TOGETHER) * len(draws) * (T - first)
+
+    def tell() -> None:
+        if progress is not None:
+            progress(label, next(done), passes)
+
     for begin in range(0, n, TOGETHER):
         rows = slice(begin, min(begin + TOGETHER, n))
         of_true = _Run(source or runtime, aligned.true[rows], first)
@@ -230,20 +251,37 @@ def trace(
             )
         own = of_true if source is None else _Run(runtime, aligned.true[rows], first)
         margins[1, rows] = _margin(own.logits, aligned, rows)
-        run = _Run(runtime, aligned.false[rows], first)
-        margins[0, rows] = _margin(run.logits, aligned, rows)
-        cells[rows] = margins[0, rows, None, None]
-        with runtime.edited():
-            for t in range(first, T):
-                for layer in range(len(blocks)):
-                    if layer == len(blocks) - 1 and t < T - 1:
-                        continue  # nothing behind the last block looks at other tokens
-                    logits = run.patched(layer, t, of_true.states[layer][:, t - of_true.first])
-                    cells[rows, layer, t - aligned.start] = _margin(logits, aligned, rows)
-                if progress is not None:
-                    columns = T - first
-                    progress(label, begin * columns + (rows.stop - begin) * (t - first + 1), n * columns)
+        for draw in draws:
+            run = _Run(runtime, ids[rows], first, draw and (draw[0], draw[1][rows]))
+            found, plain = _patched(runtime, run, of_true, aligned, rows, first, tell)
+            cells[rows] += found / len(draws)
+            margins[0, rows] += plain / len(draws)
     return Trace(cells=cells, false=margins[0], true=margins[1])
+
+
+def _patched(
+    runtime: LocalRuntime,
+    run: _Run,
+    of_true: _Run,
+    aligned: Aligned,
+    rows: slice,
+    first: int,
+    tell: Callable[[], None],
+) -> tuple[FloatArray, FloatArray]:
+    """Every cell of the pairs in `rows` (B, layers, columns), and their run without a copy (B,)."""
+    layers, T = len(run.blocks), aligned.true.shape[1]
+    plain = _margin(run.logits, aligned, rows)
+    cells = np.empty((len(plain), layers, T - aligned.start))
+    cells[:] = plain[:, None, None]
+    with runtime.edited():
+        for t in range(first, T):
+            for layer in range(layers):
+                if layer == layers - 1 and t < T - 1:
+                    continue  # nothing behind the last block looks at other tokens
+                logits = run.patched(layer, t, of_true.states[layer][:, t - of_true.first])
+                cells[:, layer, t - aligned.start] = _margin(logits, aligned, rows)
+            tell()
+    return cells, plain
 
 
 def _margin(logits_BV: Tensor, aligned: Aligned, rows: slice) -> FloatArray:
@@ -260,10 +298,17 @@ def _width(runtime: LocalRuntime) -> int:
 class _Run:
     """One pass over rows of equal length, with what patched passes start from.
 
-    `states[l]` (B, T - first, D) are the outputs of block l from token `first` on.
+    `states[l]` (B, T - first, D) are the outputs of block l from token `first` on. `noise` is a token not before
+    `first` and what is added to the embeddings from there on, (B, tokens, D); patched passes start behind them.
     """
 
-    def __init__(self, runtime: LocalRuntime, rows: npt.NDArray[np.int64], first: int) -> None:
+    def __init__(
+        self,
+        runtime: LocalRuntime,
+        rows: npt.NDArray[np.int64],
+        first: int,
+        noise: tuple[int, Tensor] | None = None,
+    ) -> None:
         self.rows, self.model = rows, runtime.model
         self.blocks = find_layers(runtime.model)
         self.states: list[Tensor] = []
@@ -281,6 +326,9 @@ class _Run:
             stack.enter_context(
                 hooked(*(b.register_forward_hook(self._keep(first - shared)) for b in self.blocks))
             )
+            if noise is not None:
+                embed = self.model.get_input_embeddings()
+                stack.enter_context(hooked(embed.register_forward_hook(adding(noise[0] - shared, noise[1]))))
             logits = forward.run(self.model, rows[:, shared:].tolist(), cache=self.cache)
         assert logits is not None
         self.logits = logits
