@@ -70,6 +70,45 @@ def test_report_traces_and_training_rows(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_thinking_cut_short_and_heads_taken_out_at_the_same_norm(cli: Cli, tmp_path: Path) -> None:
+    fit = write(tmp_path / "fit.jsonl", 40)
+    file = write(tmp_path / "rows.jsonl", 10, shift=2, thinking="one two")
+    out = tmp_path / "out.json"
+    args = ("--truncate", "0.5,0,none", "--max-new-tokens", "4", "--causal", "--keep-norm", "--heads", "1")
+    done = cli(*LAB, file, "--fit", fit, *MARKS, *args, "-o", out, "--page", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    for words in ("cut short, harmful (5)", "cut short, harmless (5)", "no marks", "without it, norm kept"):
+        assert words in done.out, done.out
+    report = json.loads(out.read_text())
+    places = report["values"]["truncation"]["places"]
+    assert [p["share"] for p in places] == 2 * [1.0, 0.5, 0.0, None]
+    assert [p["kept"] for p in places] == 2 * [2.0, 1.0, 0.0, 0.0]
+    assert report["provenance"]["judge"] == "rules/demur-v1"
+    assert len(report["values"]["cliffs"]) == 5  # harmless rows are cut, not traced
+    assert "cut short" not in (tmp_path / "page.html").read_text()
+    rises = [h["rise"] for h in report["values"]["heads"]]
+    free = cli(*LAB, file, "--fit", fit, *MARKS, "--truncate", "1", "--causal", "--heads", "1", "-o", out)
+    assert free.code == 0 and "norm kept" not in free.out
+    assert rises != [h["rise"] for h in json.loads(out.read_text())["values"]["heads"]]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_wrong_options_are_explained(cli: Cli, tmp_path: Path) -> None:
+    fit = write(tmp_path / "fit.jsonl", 40)
+    file = write(tmp_path / "rows.jsonl", 4, thinking="one two")
+    for args, words in (
+        (("--truncate", "half"), "shares from 0 to 1"),
+        (("--truncate", "1,2"), "share 2.0 of the thinking"),
+        (("--truncate", "1", "--max-new-tokens", "300"), "context"),
+        (("--truncate", "1", "--judge", "nobody"), "nobody"),
+        (("--keep-norm",), "--causal"),
+        (("--keep-norm", "--causal", "--heads", "0"), "--heads above 0"),
+    ):
+        done = cli(*LAB, file, "--fit", fit, *MARKS, *args)
+        assert done.code == 2 and words in done.err, (args, done.err)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_wrong_input_is_explained(cli: Cli, tmp_path: Path) -> None:
     fit, other = write(tmp_path / "fit.jsonl", 40), write(tmp_path / "few.jsonl", 8)
     for args, words in (

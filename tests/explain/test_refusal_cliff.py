@@ -13,6 +13,7 @@ import torch
 
 from demur.errors import CapabilityError, InputError, MismatchError
 from demur.explain.refusal_cliff import (
+    KeptNorm,
     Markup,
     Thought,
     Trace,
@@ -324,6 +325,22 @@ def test_a_planted_head_comes_first_and_its_loss_raises_the_probe(fitted: Any) -
     risen = rises(planted, probes, some, [r.place for r in table])
     assert max(risen, key=lambda p: risen[p]) == (2, 2) and risen[2, 2] > 0
     assert len(table) == 12 and similar_heads(table, [(2, 2)])[0] != (2, 2)
+
+
+def test_rises_with_the_norm_kept(fitted: Any) -> None:
+    """Of the last layer's heads the rise is that of the rescaled rest; and no table is read off scaled heads."""
+    runtime, probes = fitted
+    some = thoughts(4, seed=8)
+    free, kept = (rises(runtime, probes, some, [(2, 1)], keep_norm=k)[2, 1] for k in (False, True))
+    edited = runtime.with_edits(KeptNorm(HeadEdit({(2, 1): 0.0})))
+    rows = [encode(runtime, t, MARKUP) for t in some]
+    before, after = (
+        np.mean([probes.final.score(H[:, -1])[0] for H in states(r, rows, [2])]) for r in (runtime, edited)
+    )
+    assert kept == pytest.approx(after - before, abs=1e-6) and abs(kept - free) > 1e-3
+    for changed in (edited, runtime.with_edits(HeadEdit({(2, 1): 0.5}))):
+        with pytest.raises(InputError, match="without them"):
+            head_table(changed, probes, some)
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "olmo2"])

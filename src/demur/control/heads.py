@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from demur.control.steering import consent, view
 from demur.errors import InputError
-from demur.explain.refusal_cliff import HeadRow
+from demur.explain.refusal_cliff import HeadRow, KeptNorm
 from demur.runtime.base import Runtime
 
 Head = tuple[int, int]
@@ -26,6 +26,9 @@ class ScaleHeads:
         heads: (layer, head) pairs. scale: 0 takes them out, above 1 strengthens them.
         table: `head_table` of this model. A change that it shows to raise refusal (less of heads that write
             against it, more of those that write for it) needs no consent.
+        keep_norm: let each changed layer's attention write as much, at each token, as without the change
+            (`KeptNorm`). That rescales what the layer's other heads write, and no table shows what follows, so this
+            always needs consent.
         allow_refusal_lowering: consent to any other change; it is logged and noted at the runtime.
 
     Raises:
@@ -38,17 +41,18 @@ class ScaleHeads:
         scale: float = 0.0,
         *,
         table: Sequence[HeadRow] = (),
+        keep_norm: bool = False,
         allow_refusal_lowering: bool = False,
     ) -> None:
-        self.heads, self.scale = tuple(heads), scale
+        self.heads, self.scale, self.keep_norm = tuple(heads), scale, keep_norm
         if not self.heads or not 0 <= scale < math.inf:
             raise InputError(
                 f"{len(self.heads)} heads times {scale}: at least one head and a scale from 0 on"
             )
         known = {row.place: row.contribution for row in table}
-        unclear = [h for h in self.heads if not known.get(h, 0.0) * (scale - 1) > 0]
+        unclear = [h for h in self.heads if keep_norm or not known.get(h, 0.0) * (scale - 1) > 0]
         names = ", ".join(f"{layer}.{head}" for layer, head in unclear)
-        what = f"heads {names} scaled by {scale:g}"
+        what = f"heads {names} scaled by {scale:g}" + (", the layer's norm kept," if keep_norm else "")
         self.lowers = consent(what, allow_refusal_lowering) if unclear else None
 
     @contextmanager
@@ -62,7 +66,8 @@ class ScaleHeads:
         from demur.runtime.layers import HeadEdit
 
         edit = HeadEdit(dict.fromkeys(self.heads, self.scale))
-        yield view(runtime, [edit], f"{len(self.heads)} heads*{self.scale:g}", self.lowers)
+        name = f"{len(self.heads)} heads*{self.scale:g}" + (", norm kept" if self.keep_norm else "")
+        yield view(runtime, [KeptNorm(edit) if self.keep_norm else edit], name, self.lowers)
 
 
 def suppression_heads(table: Sequence[HeadRow], share: float = 0.03) -> list[Head]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -15,6 +15,9 @@ from demur.errors import CapabilityError, InputError
 from demur.files import dumps_row, write_atomic
 from demur.report.render import to_json, to_text
 from demur.types import Report, Table
+
+if TYPE_CHECKING:
+    from demur.measure.truncation import Truncation
 
 DRAWS = 20
 """Probes on shuffled labels."""
@@ -50,6 +53,25 @@ def run(
     causal: Annotated[
         bool, typer.Option("--causal", help="Also take each shown head out and measure the probe again.")
     ] = False,
+    keep_norm: Annotated[
+        bool,
+        typer.Option(
+            "--keep-norm",
+            help="With --causal: let the rest of the head's layer write as much as all of it did.",
+        ),
+    ] = False,
+    truncate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Cut the thinking to these shares, close it, and let the model answer: 1,0.75,0.5,0.25,0 and "
+            "maybe none, the header without marks of thinking.",
+        ),
+    ] = None,
+    judge: Annotated[
+        str, typer.Option("--judge", "-j", help="--truncate: judge of the answers.")
+    ] = "rules/demur-v1",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="--truncate: token budget of an answer.")] = 64,
     open_mark: Annotated[
         str,
         typer.Option("--open", help="What opens the thinking, where the chat template does not write it."),
@@ -75,13 +97,17 @@ def run(
 ) -> None:
     """Trace a refusal score through thinking, measure its fall before the answer, and find the heads behind it.
 
-    The rows are the model's own thinking, on harmful prompts. Probes are fitted on the rows of --fit, which say
-    whether the answer refused. Beside the drop stand those of probes fitted on shuffled labels. `\\n` in --open
+    The rows are the model's own thinking, on harmful prompts; with --truncate harmless ones may stand among them
+    (`harmful` false), and are cut, but not traced. Probes are fitted on the rows of --fit, which say whether the
+    answer refused. Beside the drop stand those of probes fitted on shuffled labels. `\\n` in --open
     and --close is a line break.
     """
     from demur.explain import refusal_cliff as rc
     from demur.runtime.local import LocalRuntime
 
+    if keep_norm and not (causal and heads):
+        raise InputError("--keep-norm says how --causal takes heads out; give that too, and --heads above 0")
+    cutting = None if truncate is None else _truncation(truncate, judge, max_new_tokens)
     marks = (m.replace("\\n", "\n") for m in (open_mark, close_mark))
     markup = rc.Markup(**dict(zip(("open", "close"), marks, strict=True)))
     thoughts, labelled = rc.load_thoughts(file), rc.load_thoughts(fit)
@@ -96,7 +122,10 @@ def run(
         raise CapabilityError(
             f"{model!r} runs elsewhere; hidden states need a local model (folder or hub id)"
         )
-    condition = o.condition(system=system)
+    condition, rows = o.condition(system=system), thoughts
+    if cutting is not None:
+        cutting.encoded(runtime, rows, markup, condition)  # what does not fit is said before the long part
+        thoughts = [t for t in rows if t.harmful is not False] or rows
     by: Literal["groups", "final"] = "final" if published else "groups"
     kind: Literal["mean_difference", "logistic"] = "logistic" if published else "mean_difference"
     settings: dict[str, Any] = {
@@ -133,7 +162,8 @@ def run(
     if page is not None:
         values["shuffled_curve"] = [dataclasses.asdict(p) for p in rc.shuffled_curve(mixed)]
     if heads:
-        tables.append(_heads(rc, runtime, probes, thoughts, heads, causal, condition, values))
+        how: Literal["free", "kept"] | None = "kept" if keep_norm else "free" if causal else None
+        tables.append(_heads(rc, runtime, probes, thoughts, heads, how, condition, values))
     report = Report(
         title=f"Refusal cliff of {runtime.name}",
         tables=tuple(tables),
@@ -146,13 +176,15 @@ def run(
         },
         notes=probes.notes,
     )
+    if page is not None:
+        write_atomic(page, _page(report, found, thoughts, cliffs))
+        warn(f"Page written to {page}.")
+    if cutting is not None:
+        report = _with(report, cutting.run(runtime, probes, rows, condition))
     if out is not None:
         write_atomic(out, to_json(report))
     if traces is not None:
         write_atomic(traces, "".join(dumps_row(_row(t)) + "\n" for t in found))
-    if page is not None:
-        write_atomic(page, _page(report, found, thoughts, cliffs))
-        warn(f"Page written to {page}.")
     if select is not None:
         from demur.train.cliff_selection import select as pick
         from demur.train.cliff_selection import write_rows
@@ -163,23 +195,47 @@ def run(
     say(to_json(report) if as_json else to_text(report))
 
 
+def _truncation(shares: str, judge: str, max_new_tokens: int) -> Truncation:
+    from demur.measure.truncation import Truncation
+
+    try:
+        found = [None if word.strip() == "none" else float(word) for word in shares.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--truncate {shares!r}: shares from 0 to 1 with commas between, and maybe none, e.g. 1,0.5,0,none"
+        ) from None
+    return Truncation(found, judge=judge, max_new_tokens=max_new_tokens)
+
+
+def _with(report: Report, more: Report) -> Report:
+    """The report with the tables and values of thinking cut short."""
+    return dataclasses.replace(
+        report,
+        tables=(*report.tables, *more.tables),
+        values={**report.values, "truncation": more.values},
+        provenance={**more.provenance, **report.provenance},
+        notes=(*report.notes, *more.notes),
+    )
+
+
 def _heads(
     rc: Any,
     runtime: Any,
     probes: Any,
     thoughts: Any,
     k: int,
-    causal: bool,
+    taken_out: Literal["free", "kept"] | None,
     condition: Any,
     values: dict[str, Any],
 ) -> Table:
-    """The heads that write most against refusal and most for it."""
+    """The heads that write most against refusal and most for it; `taken_out` says how, if they are to be."""
     table = rc.head_table(runtime, probes, thoughts, condition=condition)
     shown = table if len(table) <= 2 * k else [*table[:k], *table[-k:]]
-    if causal:
-        risen = rc.rises(runtime, probes, thoughts, [r.place for r in shown], condition=condition)
+    if taken_out:
+        places, kept = [r.place for r in shown], taken_out == "kept"
+        risen = rc.rises(runtime, probes, thoughts, places, condition=condition, keep_norm=kept)
         shown = [dataclasses.replace(r, rise=risen[r.place]) for r in shown]
-    values["heads"] = [dataclasses.asdict(r) for r in (shown if causal else table)]
+    values["heads"] = [dataclasses.asdict(r) for r in (shown if taken_out else table)]
     columns = (
         "layer",
         "head",
@@ -187,7 +243,7 @@ def _heads(
         "low",
         "high",
         "size",
-        *(["rise without it"] if causal else []),
+        *{None: [], "free": ["rise without it"], "kept": ["rise without it, norm kept"]}[taken_out],
     )
     rows = (dataclasses.astuple(r)[: len(columns)] for r in shown)
     return Table(

@@ -3,14 +3,21 @@
 Three questions about a model that thinks first. Does its state mean to refuse while it thinks (`trace`)? How much
 of that is lost at the tokens that close the thinking (`cliff`)? Which attention heads write against refusal there
 (`head_table`)? The answer to the third is tested with `demur.control.heads`; the second ranks training data in
-`demur.train.cliff_selection`.
+`demur.train.cliff_selection`. What the model says when its thinking is cut short is in `demur.measure.truncation`.
 """
 
 from __future__ import annotations
 
-from demur.explain.refusal_cliff.heads import HeadRow, contributions, head_table, rises, similar_heads
+from demur.explain.refusal_cliff.heads import (
+    HeadRow,
+    KeptNorm,
+    contributions,
+    head_table,
+    rises,
+    similar_heads,
+)
 from demur.explain.refusal_cliff.shuffled import shuffled_curve, shuffled_drops, shuffled_traces
-from demur.explain.refusal_cliff.text import Encoded, Markup, Thought, encode, load_thoughts, states
+from demur.explain.refusal_cliff.text import Encoded, Markup, Thought, cut, encode, load_thoughts, states
 from demur.explain.refusal_cliff.tracing import (
     Cliff,
     CliffProbes,
@@ -35,6 +42,7 @@ CARD = Card(
     files=(
         "explain/refusal_cliff/",
         "control/heads.py",
+        "measure/truncation.py",
         "train/cliff_selection.py",
         "organisms/cliff.py",
     ),
@@ -49,6 +57,7 @@ __all__ = [
     "CliffProbes",
     "Encoded",
     "HeadRow",
+    "KeptNorm",
     "Markup",
     "Point",
     "Reader",
@@ -57,6 +66,7 @@ __all__ = [
     "cliff",
     "contributions",
     "curve",
+    "cut",
     "encode",
     "fit_probes",
     "head_table",

@@ -7,7 +7,8 @@ causal variant (`rises`) has that too, at the price of one pass over the thought
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from demur.errors import CapabilityError, InputError
-from demur.explain.refusal_cliff.text import Encoded, Thought, encode, states
+from demur.explain.refusal_cliff.text import Thought, cut, encode, states
 from demur.explain.refusal_cliff.tracing import CliffProbes, check_model
 from demur.stats import bootstrap_interval
 from demur.types import Condition
 
 if TYPE_CHECKING:
+    from demur.runtime.layers import Edit, HeadEdit
     from demur.runtime.local import LocalRuntime
 
 FloatArray = npt.NDArray[np.float64]
@@ -51,6 +53,71 @@ class HeadRow:
         return self.layer, self.head
 
 
+class KeptNorm:
+    """A `HeadEdit` under which the changed layers' attention writes as much as without it: the norm is kept.
+
+    At each token the attention's output (behind its output projection) is rescaled to the norm that it has without
+    the scaling, all other edits in place. Where nothing is left to rescale, nothing is written. The published code
+    takes one norm over batch, tokens and padding, so there what a token gets depends on those beside it.
+
+    >>> edit = KeptNorm(HeadEdit({(12, 3): 0.0}))  # doctest: +SKIP
+    """
+
+    def __init__(self, edit: HeadEdit) -> None:
+        self.edit = edit
+
+    @contextmanager
+    def install(self, model: Any) -> Iterator[None]:
+        """Hook the output projections of the heads' layers; the hooks are gone on exit."""
+        from demur.runtime.layers import find_layers, find_projections, hooked
+
+        modules = find_projections(model, find_layers(model))
+        named = {layer for layer, _ in self.edit.scales}
+        each = [_Kept(module) for k, module in enumerate(modules) if k in named]
+        # the projection runs without the scaling before it runs for good, so that others' hooks see that last
+        with (
+            hooked(*(e.module.register_forward_pre_hook(e.measure, prepend=True) for e in each)),
+            hooked(*(e.module.register_forward_pre_hook(e.keep) for e in each)),
+            self.edit.install(model),
+            hooked(*(e.module.register_forward_pre_hook(e.restore) for e in each)),
+            hooked(*(e.module.register_forward_hook(e.rescale) for e in each)),
+        ):
+            yield
+
+
+class _Kept:
+    """The hooks of `KeptNorm` at one projection."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.measuring = module, False
+        self.unscaled: Any = None
+        self.norm: Any = None
+
+    def measure(self, module: Any, args: tuple[Any, ...]) -> None:
+        if not self.measuring:
+            self.measuring = True
+            try:
+                self.norm = _norm(module(*args))
+            finally:
+                self.measuring, self.unscaled = False, None
+
+    def keep(self, _module: Any, args: tuple[Any, ...]) -> None:
+        if self.measuring:
+            self.unscaled = args
+
+    def restore(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self.unscaled if self.measuring else args
+
+    def rescale(self, _module: Any, _args: Any, out: Any) -> Any:
+        if self.measuring:
+            return out
+        return (out * (self.norm / _norm(out).clamp_min(1e-20))).to(out.dtype)
+
+
+def _norm(out: Any) -> Any:
+    return out.float().norm(dim=-1, keepdim=True)
+
+
 def contributions(
     runtime: LocalRuntime,
     probes: CliffProbes,
@@ -64,14 +131,17 @@ def contributions(
 
     Raises:
         CapabilityError: a model that norms or scales what attention writes before it is added.
+        InputError: no thoughts, or heads that are scaled already.
     """
-    from demur.runtime.layers import find_layers, find_projections, text_config
+    from demur.runtime.layers import HeadEdit, find_layers, find_projections, text_config
 
     check_model(runtime, probes)
+    if any(isinstance(edit, (HeadEdit, KeptNorm)) for edit in runtime.edits):
+        raise InputError(f"{runtime.name!r} has scaled heads; take contributions from the model without them")
     model = runtime.model
     blocks, n_heads = find_layers(model), int(text_config(model).num_attention_heads)
     layers = list(range(probes.layer + 1))
-    rows = [_cut(encode(runtime, t, probes.markup, condition)) for t in thoughts]
+    rows = [cut(encode(runtime, t, probes.markup, condition)) for t in thoughts]
     if not rows:
         raise InputError("no thoughts; contributions are means over at least one")
     projections = find_projections(model, blocks)
@@ -90,12 +160,6 @@ def contributions(
             [np.linalg.norm(np.einsum("hk,hkd->hd", p, m), axis=1) for p, m in zip(parts, split, strict=True)]
         )
     return np.array(a), np.array(size)
-
-
-def _cut(row: Encoded) -> Encoded:
-    """A row without its answer, which the states before it cannot see."""
-    end = row.final + 1
-    return Encoded(row.id, row.ids[:end], row.spans[:end])
 
 
 def _matrix(projection: Any, model: Any) -> FloatArray:
@@ -172,15 +236,19 @@ def rises(
     heads: Iterable[Head],
     *,
     condition: Condition | None = None,
+    keep_norm: bool = False,
 ) -> dict[Head, float]:
     """How much the mean log-odds of refusing rise, before the answer, when each head alone is taken out.
 
     A measurement of states: nothing is generated.
+
+    Args:
+        keep_norm: let the rest of the head's layer write as much as all of it did (`KeptNorm`).
     """
     from demur.runtime.layers import HeadEdit
 
     check_model(runtime, probes)
-    rows = [_cut(encode(runtime, t, probes.markup, condition)) for t in thoughts]
+    rows = [cut(encode(runtime, t, probes.markup, condition)) for t in thoughts]
     if not rows:
         raise InputError("no thoughts; a rise is a mean over at least one")
 
@@ -188,8 +256,12 @@ def rises(
         last = np.stack([H[0, -1] for H in states(r, rows, [probes.layer])])
         return float(probes.final.score(last).mean())
 
+    def without(place: Head) -> Edit:
+        edit = HeadEdit({place: 0.0})
+        return KeptNorm(edit) if keep_norm else edit
+
     before = mean(runtime)
-    return {place: mean(runtime.with_edits(HeadEdit({place: 0.0}))) - before for place in heads}
+    return {place: mean(runtime.with_edits(without(place))) - before for place in heads}
 
 
 def similar_heads(table: Sequence[HeadRow], chosen: Iterable[Head]) -> list[Head]:

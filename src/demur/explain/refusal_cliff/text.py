@@ -68,7 +68,7 @@ class Encoded:
     @property
     def final(self) -> int:
         """Index of the last token before the answer."""
-        return len(self.spans) - 1 - self.spans[::-1].index("close")
+        return max(i for i, span in enumerate(self.spans) if span != "answer")
 
 
 def load_thoughts(path: str | Path) -> list[Thought]:
@@ -149,6 +149,23 @@ def encode(
     ids = [i for part in parts.values() for i in part]
     runtime.check_fits(prompt, ids, 0)
     return Encoded(thought.id, ids, tuple(name for name, part in parts.items() for _ in part))
+
+
+def cut(row: Encoded, share: float | None = 1.0) -> Encoded:
+    """The row up to its answer, with this share of the thinking's tokens (the nearest number), from its start on.
+
+    At 0 the thinking is closed at once. None ends the row behind the header, without opening and closing, if the
+    row was encoded without opening (`Markup(open="")`).
+
+    >>> row = Encoded("a", [1, 2, 3, 4, 5, 6], ("template", *["thinking"] * 3, "close", "answer"))
+    >>> cut(row, 0.5).ids, cut(row, 0.0).ids, cut(row, None).ids
+    ([1, 2, 3, 5], [1, 5], [1])
+    """
+    thinking = [i for i, span in enumerate(row.spans) if span == "thinking"]
+    gone = {"answer"} if share is not None else {"answer", "thinking", "close"}
+    late = set(thinking[int((share or 0.0) * len(thinking) + 0.5) :])
+    kept = [i for i, span in enumerate(row.spans) if span not in gone and i not in late]
+    return Encoded(row.id, [row.ids[i] for i in kept], tuple(row.spans[i] for i in kept))
 
 
 def states(
