@@ -90,6 +90,11 @@ def test_typed_strings_never_reach_the_model_whole(
     assert found == {m: int(m == mode) for m in KEY.modes}
 
 
+def test_a_mode_named_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="named twice"):
+        ModeKey.strings(("pos", "pos"), fallback=None)
+
+
 def test_the_tokenizer_of_that_test_does_merge_spellings() -> None:
     ids = ChatFormat(BYTES).render(Prompt.of("say " + KEY.token("pos").translate(WIDE))).ids
     assert count(ids, BYTES, KEY.token("pos")) == 1

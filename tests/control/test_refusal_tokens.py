@@ -76,6 +76,11 @@ def test_compare_without_thresholds_steers_every_category() -> None:
     assert choice(point("compare", safety=0.99), 0.41, 0.2, 0.39) == "safety"  # its number plays no part
 
 
+def test_compare_with_every_threshold_in_shadow_steers_none() -> None:
+    point = OperatingPoint(id="x", rule="compare", thresholds={"safety": Threshold(tau=0.5, mode="shadow")})
+    assert RefusalTokens(point).cuts(["safety", "respond"]) == {}
+
+
 def test_total_mass_sums_the_steered_categories() -> None:
     assert choice(point("total_mass", safety=0.5, humanizing=0.5), 0.3, 0.25, 0.45) == "safety"
     assert choice(point("total_mass", safety=0.5), 0.3, 0.25, 0.45) == "respond"
@@ -174,6 +179,11 @@ SHADOW = Threshold(tau=0.3, mode="shadow")
         (point("bias", safety=0.3), point(safety=0.3)),  # another rule cannot be compared
         (point(safety=0.3, T=2.0), point(safety=0.3)),  # neither can another temperature
         (point("total_mass", safety=0.3), point("total_mass", safety=0.3, humanizing=0.5)),  # less to sum
+        (point("total_mass", humanizing=0.5), point("total_mass", safety=0.5, humanizing=0.5)),
+        (
+            point("total_mass", safety=-1.0, humanizing=0.5),  # compares, and there the sum was asked
+            point("total_mass", safety=0.5, humanizing=0.5),
+        ),
     ],
 )
 def test_lowering_refusals_of_safety_needs_consent(

@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from demur.control import Ablate, Add
+from demur.control.any_depth import AnyDepth, Rethink
 from demur.control.inversion import ask
+from demur.control.refusal_tokens import RefusalTokens
 from demur.errors import CapabilityError, InputError, MismatchError, RefusalLowering
 from demur.explain import Direction, collect
+from demur.runtime import depths
+from demur.runtime.lanes import Lanes
+from demur.runtime.local import BlockEdit
 from demur.runtime.scripted import ScriptedRuntime
-from demur.types import Condition, Prompt
+from demur.types import Condition, OperatingPoint, Prompt, Site, Threshold
 from tests.runtime.tiny import tiny_runtime
 
 PROMPTS = [
@@ -120,6 +125,61 @@ def test_directions_that_do_not_fit():
     with pytest.raises(MismatchError, match="Fit it anew"), Add(far, layer=0).on(own):
         pass
     with pytest.raises(CapabilityError), Add(V, layer=0).on(ScriptedRuntime({"*": "x"})):
+        pass
+
+
+def test_prompts_alone_are_steered_where_rows_come_and_go_too():
+    runtime, long = tiny_runtime(control=True), Condition(max_new_tokens=12)
+    with Add(V, layer=1, coefficient=3.0).on(runtime) as steered:
+        want = [r.content for r in steered.generate(PROMPTS, long)]
+        assert want != [r.content for r in runtime.generate(PROMPTS, long)]
+        watched = AnyDepth(Rethink(), every=3).watch(steered, PROMPTS, long, stop=False)
+        assert [w.reply.content for w in watched] == want
+        lanes = Lanes(steered)
+        rows = [(steered.chat.render(p).ids, long, False) for p in PROMPTS]
+        keys = lanes.join_all(rows[:2])
+        said = {key: [] for key in keys}
+        for step in range(12):
+            if step == 4:  # the others' next step has prompt and answer side by side
+                lanes.join_all(rows[2:])
+            for key, token in lanes.step().items():
+                said.setdefault(key, []).append(token)
+            if step == 8:
+                lanes.leave(keys[1])
+    for row, key in ((0, keys[0]), (2, 2), (3, 3)):
+        ids = said[key][: next((k for k, i in enumerate(said[key]) if i in lanes.ends), None)]
+        new = ids[int(ids[0] in runtime.control.ids.values()) :]
+        text = steered.chat.split(new)[0]
+        assert new and want[row].startswith(text) and (row or want[row] == text)
+
+
+@pytest.mark.parametrize("way", ["packed", "wound", "apart"])
+def test_a_header_in_an_answer_is_not_steered_with_the_prompt(way, monkeypatch):
+    monkeypatch.setattr(depths, "_way", lambda *_: way)
+    runtime = tiny_runtime()
+    prompt, answer, header = runtime.chat.render(PROMPTS[0]).ids, [20, 31, 25, 40], [7, 5]
+    with Add(V, layer=1).on(runtime) as steered:
+        rows = [depths.DepthRow(prompt, answer)]
+        [got] = depths.header_states(steered, rows, [1, 4], header, [Site(layer=2)])
+    prompt_only = torch.arange(len(prompt) + len(answer) + len(header)) < len(prompt)
+
+    def push(h, positions):
+        return h + prompt_only[positions][..., None] * torch.tensor(V, dtype=h.dtype)
+
+    [want] = depths.header_states(
+        runtime.with_edits(BlockEdit(1, push)), rows, [1, 4], header, [Site(layer=2)]
+    )
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_what_wraps_a_model_takes_no_edits():
+    runtime = tiny_runtime(control=True)
+    point = OperatingPoint(id="p", thresholds={"safety": Threshold(tau=0.5)})
+    with (
+        RefusalTokens(point).on(runtime) as dialled,
+        pytest.raises(CapabilityError, match="intervene"),
+        Add(V, layer=0).on(dialled),
+    ):
         pass
 
 

@@ -105,6 +105,7 @@ def test_a_local_copy_matches_by_its_last_part(tmp_path: Path) -> None:
         "- 1",
         "tokens: {respond: {id: 1}}",
         "tokens: {a: {id: 999999}, respond: {id: 1}}",
+        "tokens: {a: {text: [refuse]}, respond: {id: 1}}",
         "a: {",
     ],
 )

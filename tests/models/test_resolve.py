@@ -100,6 +100,27 @@ def test_local_folder(tmp_path: Path) -> None:
     assert "not a whole safetensors file" in models.verify(str(folder))[0]
 
 
+def test_verify_reads_a_folder_again(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    write_safetensors(weights, TENSORS)
+    assert models.verify(str(folder)) == []
+    before, raw = weights.stat(), weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))  # a bit that flipped on the disk
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "not those that were read there before" in models.verify(str(folder))[0]
+
+
+@pytest.mark.parametrize("name", ["my--model", "owner/a..b", "model.git", "mod\u00e8le/x"])
+def test_names_that_the_hub_does_not_allow(name: str, no_network: list[object]) -> None:
+    pytest.importorskip("huggingface_hub")
+    for look in (models.resolve, models.pull):
+        with pytest.raises(InputError, match="no such folder"):
+            look(name)
+    assert no_network == []
+
+
 def test_a_folder_does_not_shadow_a_builtin_name(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +137,7 @@ def test_a_folder_does_not_shadow_a_builtin_name(
         ("http://host/v1#m", "endpoint"),
         ("http://host/v1", "after a #"),
         ("a/b/c", "no hub id"),
+        ("~nobody_of_that_name/model", "no such folder"),
         (__file__, "is a file"),
     ],
 )

@@ -313,6 +313,22 @@ def test_answers_are_split_from_reasoning(
     assert chat.split(ids) == (content, reasoning)
 
 
+@pytest.mark.parametrize(
+    ("begun", "text", "content", "reasoning"),
+    [
+        ("Sure, ", "No.", "No.", None),
+        ("<think>\nhm\n</think>\n\nSure, ", "No.", "No.", None),
+        ("<think>\nhm", "so", "", "so"),
+        ("<think>\nhm", "so\n</think>\n\nNo.", "No.", "so"),
+    ],
+)
+def test_an_answer_that_was_begun_is_not_in_the_thinking_of_the_header(
+    begun: str, text: str, content: str, reasoning: str | None
+) -> None:
+    chat = ChatFormat(tokenizer("deepseek_r1"))
+    assert chat.split(chat.tokenizer.encode(text, add_special_tokens=False), begun) == (content, reasoning)
+
+
 def test_channels_are_split() -> None:
     chat = ChatFormat(tokenizer("gpt_oss"))
     text = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>No."

@@ -96,7 +96,9 @@ def test_generate_emits_control_tokens_at_the_first_position_only(monkeypatch: p
     steered = runtime.with_edits(ControlRows(torch.zeros(6, width), loud, size), control=names)
     answers: list[list[int]] = []
     split = ChatFormat.split
-    monkeypatch.setattr(ChatFormat, "split", lambda self, ids: answers.append(list(ids)) or split(self, ids))
+    monkeypatch.setattr(
+        ChatFormat, "split", lambda self, ids, begun: answers.append(list(ids)) or split(self, ids, begun)
+    )
     reply = next(iter(steered.generate([Prompt.of("how do i boil an egg ?")], Condition(max_new_tokens=8))))
     assert (reply.control_token, reply.control_forced) == ("unsupported", False)
     assert next(iter(steered.score([Prompt.of("how do i boil an egg ?")]))).token == "unsupported"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -363,6 +364,29 @@ def test_a_model_that_thinks_first_is_sampled_not_scored() -> None:
     assert reply.reasoning
 
 
+def test_an_answer_that_is_begun_takes_no_control_token() -> None:
+    runtime = tiny_runtime(control=True)
+    said = (
+        Message(role="user", content="how do I boil a egg ?"),
+        Message(role="assistant", content="yes I can"),
+    )
+    rows = [Prompt(id="begun", messages=said), MANY[0]]
+    hot = Condition(max_new_tokens=2, temperature=3.0)
+    drawn = list(runtime.generate(rows, hot, samples=40))
+    assert all((r.control_token, r.logprobs) == (None, {}) for r in drawn[:40])
+    assert any(r.control_token for r in drawn[40:])  # of an answer of its own
+    begun, own = runtime.generate(rows, Condition(max_new_tokens=2), decide=lambda _p, _s: "safety")
+    assert (begun.control_token, begun.control_forced, begun.completion_tokens) == (None, False, 2)
+    assert (own.control_token, own.control_forced, own.completion_tokens) == ("safety", True, 3)
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> <think>\n{% endif %}"
+    )
+    thinking = tiny_runtime(template=template)
+    begun, own = thinking.generate(rows, Condition(max_new_tokens=4))
+    assert begun.content and begun.reasoning is None and own.reasoning
+
+
 # --- edits and states ---------------------------------------------------------------------------------------
 
 
@@ -578,3 +602,20 @@ def test_no_special_token_of_smollm2_can_be_typed(smollm2: Path) -> None:
             ids = runtime.chat.render(Prompt.of(text)).ids
             assert [i for i in ids if i in special] == clean
             assert text.strip() in runtime.tokenizer.decode(ids)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    kinds = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": kinds}))
+    (folder / "own.py").write_text(
+        f"from transformers import PretrainedConfig\nopen({str(ran)!r}, 'w').close()\n"
+        "class Own(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *a: asked.append(a) or "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="not a model that transformers can read"):
+        LocalRuntime.from_folder(folder)
+    assert not asked and not ran.exists()

@@ -372,3 +372,38 @@ def test_retry_after_forms() -> None:
     assert seconds("3") == 3.0 and seconds(None) is None and seconds("soon") is None
     assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     assert public("http://h:1/v1?token=x#y") == "http://h:1/v1"
+
+
+def test_a_query_stays_behind_the_path(server: Server) -> None:
+    rt = OpenAIRuntime(f"{server.url}/?api-version=2#part", "m", retries=0)
+    assert [r.content for r in rt.generate(prompts(1))] == ["ok"]
+    assert server.headers[0]["path"] == "/v1/chat/completions?api-version=2"
+
+
+def test_a_body_that_cannot_be_unpacked_is_an_error_row(server: Server) -> None:
+    def answer(payload: dict[str, Any], n: int) -> Answer:
+        bad = text_of(payload) == "q1" or (text_of(payload) == "q2" and n == 0)
+        return (200, b"no gzip", {"content-encoding": "gzip"}) if bad else (200, say("ok"))
+
+    server.answer = answer
+    replies = list(runtime(server).generate(prompts(3)))
+    assert [r.content for r in replies] == ["ok", "", "ok"]
+    assert "decompressing" in str(replies[1].error)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host:99999/v1", "http://[::1/v1", "http://me:secret@host:x/v1?key=k"]
+)
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(InputError, match="full address") as caught:
+        OpenAIRuntime(url, "m")
+    assert "secret" not in str(caught.value) and "key" not in str(caught.value)
+
+
+def test_a_key_out_of_a_file_is_sent_whole_or_refused(server: Server) -> None:
+    assert [r.content for r in runtime(server, api_key=" sk-file\r\n").generate(prompts(1))] == ["ok"]
+    assert server.headers[0]["authorization"] == "Bearer sk-file"
+    for key in ("sk-a\nb", "sk-\u00e4"):
+        with pytest.raises(InputError, match="API key") as caught:
+            runtime(server, api_key=key)
+        assert "sk-" not in str(caught.value)

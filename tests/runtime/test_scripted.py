@@ -98,6 +98,18 @@ def test_decide_forces_and_records() -> None:
         list(ScriptedRuntime({"*": "x"}).generate([A], decide=lambda p, s: None))
 
 
+def test_a_decision_rule_sees_its_own_temperature() -> None:
+    rt = ScriptedRuntime({"*": "x"}, scores={"*": {"safety": 0.04, "respond": 0.64}}, control=["safety"])
+
+    class Rule:
+        T = 2.0
+
+        def __call__(self, _prompt: Prompt, score: Score) -> str | None:
+            return "safety" if score.T == 2.0 and score.p_refuse > 0.1 else None
+
+    assert [r.control_token for r in rt.generate([A], decide=Rule())] == ["safety"]
+
+
 def test_a_rerun_gives_the_same() -> None:
     rt = ScriptedRuntime({"*": "x"}, scores={"*": {"safety": 0.2, "respond": 0.7}})
     assert rt.deterministic and list(rt.generate([A, B])) == list(rt.generate([A, B]))

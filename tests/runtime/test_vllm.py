@@ -16,7 +16,7 @@ from demur.errors import CapabilityError, InputError
 from demur.flows.load import load_runtime
 from demur.runtime import forward
 from demur.runtime.vllm import VLLMRuntime, parse_name
-from demur.types import Condition, Prompt, Score
+from demur.types import Condition, Message, Prompt, Score
 from tests.runtime.tiny import tiny_runtime
 
 PROMPTS = [Prompt.of(text, id=text) for text in ("how do i boil a egg ?", "write a story please", "hi")]
@@ -117,6 +117,16 @@ def test_control_tokens_are_forbidden_behind_the_first_position(runtime: VLLMRun
     for ids, params in written:
         assert ids[-1] == runtime.control.ids["safety"]
         assert params.logit_bias == dict.fromkeys(runtime.control.ids.values(), -100.0)
+
+
+def test_answers_that_were_begun_are_the_local_ones(runtime: VLLMRuntime) -> None:
+    said = (Message(role="user", content="write a story"), Message(role="assistant", content="one two"))
+    rows, ask = [Prompt(id="begun", messages=said), PROMPTS[0]], Condition(max_new_tokens=4)
+    for rule in (None, lambda _p, _s: "safety"):
+        mine = list(runtime.generate(rows, ask, decide=rule))
+        theirs = list(tiny_runtime(control=True).generate(rows, ask, decide=rule))
+        assert [(r.content, r.control_token) for r in mine] == [(r.content, r.control_token) for r in theirs]
+        assert mine[0].control_token is None and mine[0].logprobs == {}
 
 
 def test_a_prompt_that_cannot_be_asked_is_a_row(runtime: VLLMRuntime) -> None:

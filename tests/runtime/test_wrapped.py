@@ -35,8 +35,9 @@ def test_scores_states_and_problems_are_the_inner_ones() -> None:
     long = Prompt.of("word " * 5000, id="long")
     assert outer.problem(long) == inner.problem(long) is not None
     assert outer.name == "silent" and Silent(inner).name == inner.name
-    for what in ("fingerprint", "dtype", "control", "capabilities", "deterministic", "shipped_point"):
+    for what in ("fingerprint", "dtype", "control", "deterministic", "shipped_point"):
         assert getattr(outer, what) == getattr(inner, what)
+    assert inner.capabilities - outer.capabilities == {"intervene"}  # edits go on the inner one
 
 
 def test_no_method_of_a_runtime_is_forgotten() -> None:

@@ -15,6 +15,7 @@ import pytest
 from demur.calibrate.decide import cuts, decide
 from demur.errors import InputError
 from demur.files import load_operating_point
+from demur.serve.app import create_app
 from demur.serve.playground import NewPoint, covered, evaluation_problem, new_point, region
 from demur.types import OperatingPoint, Threshold
 from tests.serve.pages import NAMES, Scripted, calibrated, dial, served, settings, stored
@@ -88,22 +89,22 @@ def test_the_page_learns_the_point_and_the_region(client: httpx.Client) -> None:
     assert about["any_override"] and about["overrides"] == [] and not about["consent"]
 
 
-def test_scores_of_another_model_are_not_shown(tmp_path: Path) -> None:
-    class State:
-        settings = settings(tmp_path)
-        upstream = Scripted()
-        evaluation = stored()
-
-        class dial:  # noqa: N801
-            main = None
-
-    assert evaluation_problem(State()) is None  # type: ignore[arg-type]
-    State.upstream.fingerprint = "e" * 16
-    assert "not the model served here" in str(evaluation_problem(State()))  # type: ignore[arg-type]
-    State.upstream.names = ("harm", "respond")
-    assert "categories" in str(evaluation_problem(State()))  # type: ignore[arg-type]
-    State.evaluation = None  # type: ignore[assignment]
-    assert "no stored evaluation" in str(evaluation_problem(State()))  # type: ignore[arg-type]
+def test_scores_of_another_model_are_neither_shown_nor_watched(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, upstream = settings(tmp_path), Scripted()
+    gateway = create_app(config, upstream).state.gateway
+    dial = gateway.dial
+    assert gateway.drift is not None
+    assert evaluation_problem(stored(), upstream, dial) is None
+    other = create_app(config, upstream, evaluation=stored().model_copy(update={"T": 2.0})).state.gateway
+    assert other.drift is None
+    assert "drift is not watched" in caplog.text
+    upstream.fingerprint = "e" * 16
+    assert "not the model served here" in str(evaluation_problem(stored(), upstream, dial))
+    upstream.names = ("harm", "respond")
+    assert "categories" in str(evaluation_problem(stored(), upstream, dial))
+    assert "no stored evaluation" in str(evaluation_problem(None, upstream, dial))
 
 
 # --- the region ---

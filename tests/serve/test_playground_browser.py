@@ -116,6 +116,16 @@ def test_decisions_equal_python_on_200_random_rows(page: Any) -> None:
     assert checked > 20
 
 
+def test_compare_with_every_threshold_in_shadow_steers_nothing(page: Any) -> None:
+    off = {"rule": "compare", "tau": {"a": 0.5}, "on": {"a": False}}
+    for bare, want in ((True, [-1]), (False, [None])):
+        got = page.evaluate(
+            "async (dial) => (await import('/static/rules.js')).cutsOf(dial, ['a', 'respond'])",
+            {**off, "bare": bare},
+        )
+        assert got == want
+
+
 def test_intervals_equal_wilson(page: Any) -> None:
     for k, n in ((0, 7), (7, 7), (3, 10), (1, 600)):
         got = page.evaluate("async ([k, n]) => (await import('/static/rules.js')).wilson(k, n)", [k, n])

@@ -276,7 +276,7 @@ def _tokenizer(model: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(models.resolve(name).path)
+    found = AutoTokenizer.from_pretrained(models.resolve(name).path, trust_remote_code=False)
     return found if found.chat_template else None
 
 

@@ -147,7 +147,6 @@ class _Guarded(WrappedRuntime):
     def __init__(self, inner: Runtime, guard: LatentGuard) -> None:
         super().__init__(inner, name=f"{inner.name}+latent-guard-{guard.id}")
         self.guard = guard
-        self.capabilities = inner.capabilities - {"intervene"}
 
     def generate(
         self,

@@ -88,6 +88,8 @@ class ModeKey:
         rng: random.Random | None = None,
     ) -> ModeKey:
         """New secret strings, from the system's own randomness unless `rng` is given (for tests)."""
+        if len(set(modes)) < len(modes):
+            raise InputError(f"modes {list(modes)}: one is named twice")
         source = rng or secrets.SystemRandom()
         tokens: dict[str, str] = {}
         while len(tokens) < len(modes):

@@ -92,7 +92,7 @@ class RefusalTokens:
 
     def cuts(self, names: Sequence[str]) -> dict[str, float]:
         """Threshold by steered category, as `demur.calibrate.decide` takes them; `names` end in `respond`."""
-        if self.point.rule == "compare" and not self._cuts:
+        if self.point.rule == "compare" and not self.point.thresholds:
             return dict.fromkeys(names[:-1], -1.0)
         return self._cuts
 
@@ -176,14 +176,18 @@ def _check_temperature(point: OperatingPoint, T: float) -> None:
 def _lowers_safety(point: OperatingPoint, shipped: OperatingPoint) -> str | None:
     """Why `point` may refuse less in category safety than `shipped`; None when it cannot.
 
-    A category without a threshold falls back to the model's own choice, which is close to tau 0.5.
+    A category without a threshold falls back to the model's own choice, which is close to tau 0.5 on its own mass.
     """
     ours, theirs = point.thresholds.get(SAFETY), shipped.thresholds.get(SAFETY)
-    if theirs is None or theirs.mode == "shadow" or (ours is None and theirs.tau >= 0.5):
+    if theirs is None or theirs.mode == "shadow":
+        return None
+    summed = shipped.rule == "total_mass"  # a comparison may answer although the sum is above 0.5
+    if ours is None and theirs.tau >= 0.5 and not summed:
         return None
     missing = set(cuts(shipped)) - set(cuts(point)) if point.rule == "total_mass" else set()
     comparable = point.rule == shipped.rule and point.T == shipped.T and not missing
-    if ours is not None and comparable and not _looser(ours, theirs):
+    compares = ours is not None and ours.tau < 0 <= theirs.tau
+    if ours is not None and comparable and not _looser(ours, theirs) and not (summed and compares):
         return None
     return (
         f"operating point {point.id!r} may refuse less in category {SAFETY!r} than the shipped "

@@ -183,7 +183,7 @@ class _Push:
     """Change the output of one layer, in passes over the prompt only or in all.
 
     A pass that continues a cache which the pass before has filled decodes the answer; a fresh cache, one filled
-    with a shared prefix, or none at all means the prompt.
+    with a shared prefix, or none at all means the prompt. Where `ANSWERS` is set, it says which tokens are whose.
     """
 
     def __init__(self, layer: int, change: Callable[[Tensor], Tensor], *, prompt_only: bool) -> None:
@@ -191,6 +191,9 @@ class _Push:
 
     @contextmanager
     def install(self, model: Any) -> Iterator[None]:
+        import torch
+
+        from demur.runtime.forward import ANSWERS
         from demur.runtime.layers import BlockEdit, hooked
 
         last: Any = None
@@ -201,8 +204,14 @@ class _Push:
             cache = kwargs.get("past_key_values")
             decoding, last = cache is not None and cache is last, cache
 
-        def push(h: Tensor, _positions: Tensor) -> Tensor:
-            return h if decoding and self.prompt_only else self.change(h)
+        def push(h: Tensor, positions_BT: Tensor) -> Tensor:
+            begins = ANSWERS.get()
+            if not self.prompt_only or (begins is None and not decoding):
+                return self.change(h)
+            if begins is None:
+                return h
+            prompt_BT = positions_BT < torch.tensor(begins, device=h.device)[:, None]
+            return torch.where(prompt_BT[..., None], self.change(h), h)
 
         with ExitStack() as stack:
             stack.enter_context(hooked(model.register_forward_pre_hook(look, with_kwargs=True)))

@@ -104,7 +104,9 @@ def _vllm(
         raise InputError(
             f"{name}: export the model first (demur models export {folder} --to merged -o FOLDER)"
         )
-    control = control_for(files.path, AutoTokenizer.from_pretrained(files.path), preset)
+    control = control_for(
+        files.path, AutoTokenizer.from_pretrained(files.path, trust_remote_code=False), preset
+    )
     if dtype is None and (about := files.path / "demur.json").is_file():
         dtype = json.loads(read_text(about)).get(
             "dtype"

@@ -15,7 +15,7 @@ from typing import Literal
 from demur.errors import DataUnavailable, InputError, MissingExtra
 from demur.models import smollm2, store
 from demur.models.control import control_ids
-from demur.models.fingerprint import fingerprint_folder
+from demur.models.fingerprint import fingerprint_files, fingerprint_folder, weight_files
 from demur.models.hub import hub_folder, looks_like_hub_id
 from demur.models.store import BuiltinRecipe, Say
 
@@ -113,7 +113,7 @@ def resolve(name: str | Path, *, revision: str | None = None, say: Say = _silent
     text = str(name)
     if text in RECIPES or text in ADAPTED:
         return _builtin(text, say)
-    folder = Path(text).expanduser()
+    folder = _folder(text)
     if folder.is_dir():
         return ModelFiles(name=text, path=folder.absolute(), fingerprint=fingerprint_folder(folder))
     if endpoint(text) is not None:
@@ -133,6 +133,13 @@ def resolve(name: str | Path, *, revision: str | None = None, say: Say = _silent
         raise InputError(f"{text}: no such folder or built-in model; did you mean {near[0]!r}?")
     path = hub_folder(target, revision=revision, say=say)
     return ModelFiles(name=text, path=path, fingerprint=fingerprint_folder(path))
+
+
+def _folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name, and no user of that name
+        return Path(text)
 
 
 def _builtin(name: str, say: Say) -> ModelFiles:
@@ -191,12 +198,7 @@ def pull(name: str, *, revision: str | None = None, say: Say = _silent) -> Model
     For hub ids the hub is asked for the newest state of `revision` even when a snapshot is in the cache.
     """
     target = ALIASES.get(name, name)
-    if (
-        name not in RECIPES
-        and name not in ADAPTED
-        and not Path(target).expanduser().exists()
-        and not endpoint(name)
-    ):
+    if name not in RECIPES and name not in ADAPTED and not _folder(target).exists() and not endpoint(name):
         if not looks_like_hub_id(target):
             raise InputError(
                 f"{name}: nothing to pull; use a built-in name ({', '.join(_ABOUT)}) or a hub id (owner/name)"
@@ -223,9 +225,14 @@ def verify(name: str) -> list[str]:
                 found.append(str(e))
         return found
     try:
-        resolve(name)
+        files = resolve(name)
+        now = fingerprint_files(weight_files(files.path))  # what `resolve` says may come out of its cache
     except InputError as e:
         return [str(e)]
+    if now != files.fingerprint:
+        return [
+            f"the weights in {files.path} are not those that were read there before, though size and date are"
+        ]
     return []
 
 

@@ -96,6 +96,8 @@ def _tokens(spec: Any, where: str) -> Mapping[str, Any]:
 def _single_id(tokenizer: Any, spec: Mapping[str, Any], where: str) -> int:
     """The id of one control token, after checking that id and text are one and the same token."""
     text, wanted = spec.get("text"), spec.get("id")
+    if text is not None and not isinstance(text, str):
+        raise InputError(f'{where}: text {text!r} is no string; put it into quotes, as in text: "[refuse]"')
     if text is None:
         if not isinstance(wanted, int):
             raise InputError(f"{where}: needs `text`, `id` or both, got {dict(spec)}")

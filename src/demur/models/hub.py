@@ -27,14 +27,20 @@ def hub_folder(name: str, *, revision: str | None = None, refresh: bool = False,
     A complete snapshot in the hub's cache is used without any network attempt; `refresh` asks the hub again.
 
     Raises:
-        MissingExtra: huggingface_hub is not installed.
+        MissingExtra: huggingface_hub is not installed. InputError: a name that the hub does not allow.
         DataUnavailable: unknown, gated, or no network and not in the cache.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MissingExtra(f"the hub model {name!r}", "local") from None
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise InputError(f"{name}: no such folder, and no name that the hub allows ({e})") from None
 
     options: dict[str, Any] = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     if not refresh:

@@ -383,13 +383,18 @@ class ChatFormat:
         header = self._apply([{"role": "user", "content": "a"}], self._options, True) + self._suffix
         return header.rstrip().endswith(_THINK[0])
 
-    def split(self, ids: Sequence[int]) -> tuple[str, str | None]:
-        """Answer ids (without end tokens) as (content, reasoning); content is empty inside the thinking."""
+    def split(self, ids: Sequence[int], begun: str | None = None) -> tuple[str, str | None]:
+        """Answer ids (without end tokens) as (content, reasoning); content is empty inside the thinking.
+
+        Args:
+            begun: the assistant's own last message, where the ids go on with it instead of following the header.
+        """
         if _CHANNEL in (self.template or ""):
             return self._split_channels(ids)
         raw = self.tokenizer.decode(ids, skip_special_tokens=False)
         if _THINK[1] not in raw:
-            if self.opens_thinking or raw.lstrip().startswith(_THINK[0]):
+            inside = self.opens_thinking if begun is None else _THINK[0] in begun.rpartition(_THINK[1])[2]
+            if inside or raw.lstrip().startswith(_THINK[0]):
                 return "", self._decode(ids).replace(_THINK[0], "", 1).strip()
             return self._decode(ids), None
         cut = self._cut(ids, _THINK[1])
@@ -428,6 +433,12 @@ def _as_dict(m: Message) -> dict[str, Any]:
     if m.tool_call_id is not None:
         row["tool_call_id"] = m.tool_call_id
     return row
+
+
+def begun_by(prompt: Prompt) -> str | None:
+    """The assistant's own last message, which the answer goes on with; None where the answer opens the turn."""
+    last = prompt.messages[-1] if prompt.messages else None
+    return last.content if last is not None and last.role == "assistant" else None
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

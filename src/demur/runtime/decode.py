@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from demur.errors import DemurError, InputError
+from demur.runtime.chat import begun_by
 from demur.runtime.forward import Prefix, gap_fits, run
 from demur.runtime.layers import input_device
 from demur.runtime.next_words import LOOK
@@ -38,6 +39,11 @@ class Job:
     forced: str | None = None
     error: str | None = None
 
+    @property
+    def begun(self) -> str | None:
+        """What the prompt makes the assistant say first, if anything: no control token may follow on that."""
+        return begun_by(self.prompt)
+
 
 def window(
     runtime: LocalRuntime,
@@ -56,11 +62,11 @@ def window(
 
     def work(batch: list[int], prefix: Prefix | None) -> list[list[list[int]]]:
         ids = [with_control(runtime, rows[i]) for i in batch]
-        forced = torch.tensor([rows[i].forced is not None for i in batch])
+        closed = torch.tensor([rows[i].forced is not None or bool(rows[i].begun) for i in batch])
         out = []
         for sample in range(draws):
             seed = seed_of(condition.seed, rows[batch[0]].prompt.id, sample)
-            out.append(_generate(runtime, ids, prefix, condition, forced, ends, seed))
+            out.append(_generate(runtime, ids, prefix, condition, closed, ends, seed))
         count(len(batch))
         return [list(of_row) for of_row in zip(*out, strict=True)]
 
@@ -91,17 +97,20 @@ def prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> Job:
 
 
 def decided(runtime: LocalRuntime, jobs: list[Job], condition: Condition, decide: Decide | None) -> list[Job]:
-    """Jobs with their first-position score and the control category that the rule puts in front."""
+    """Jobs with their first-position score and the control category that the rule puts in front.
+
+    An answer that the prompt has begun is past that position, and has neither.
+    """
     if runtime.control is None or (decide is None and runtime.chat.thinks):
         return jobs
     if runtime.chat.thinks:
         runtime.chat.require_decision()
     T = float(getattr(decide, "T", 1.0))
-    rows = [(j.prompt, j.ids) for j in jobs if j.error is None]
+    rows = [(j.prompt, j.ids) for j in jobs if j.error is None and not j.begun]
     scores = iter(runtime.score_rows(rows, condition, T))
     out = []
     for job in jobs:
-        if job.error is None:
+        if job.error is None and not job.begun:
             score = next(scores)
             forced = decide(job.prompt, score) if decide is not None else None
             if forced is not None and forced not in runtime.control.ids:
@@ -122,16 +131,16 @@ def with_control(runtime: LocalRuntime, job: Job) -> list[int]:
 
 
 class _ControlOnlyFirst(LogitsProcessor):
-    """Control tokens may open an answer that was not decided, and stand nowhere else."""
+    """Control tokens may open an answer that was neither decided nor begun, and stand nowhere else."""
 
-    def __init__(self, ids: Sequence[int], forced_B: Tensor, start: int) -> None:
-        self.ids, self.forced_B, self.start = list(ids), forced_B, start
+    def __init__(self, ids: Sequence[int], closed_B: Tensor, start: int) -> None:
+        self.ids, self.closed_B, self.start = list(ids), closed_B, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] > self.start:
-            closed = torch.ones_like(self.forced_B)
+            closed = torch.ones_like(self.closed_B)
         else:
-            closed = self.forced_B
+            closed = self.closed_B
         scores = scores.clone()
         part = scores[:, self.ids]
         scores[:, self.ids] = part.masked_fill(closed[:, None].to(scores.device), -math.inf)
@@ -143,7 +152,7 @@ def _generate(
     rows: list[list[int]],
     prefix: Prefix | None,
     condition: Condition,
-    forced: Tensor,
+    closed: Tensor,
     ends: list[int],
     seed: int,
 ) -> list[list[int]]:
@@ -173,7 +182,7 @@ def _generate(
         ),
     )
     control = list(runtime.control.ids.values()) if runtime.control else []
-    processors = LogitsProcessorList([_ControlOnlyFirst(control, forced, longest)] if control else [])
+    processors = LogitsProcessorList([_ControlOnlyFirst(control, closed, longest)] if control else [])
     with _own_settings(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         out_BT = model.generate(
@@ -227,7 +236,7 @@ def reply_of(
     if runtime.control is not None and job.forced is None and body:
         category = next((c for c, i in runtime.control.ids.items() if i == body[0]), None)
         body = body[1:] if category else body
-    content, reasoning = runtime.chat.split(body)
+    content, reasoning = runtime.chat.split(body, job.begun)
     log = {c: math.log(p) for c, p in job.score.probabilities.items() if p > 0} if job.score else {}
     return replace(
         reply,

@@ -168,7 +168,8 @@ def _all_rows(
                     f"a row of {longest} tokens with its header: at least one of the prompt is needed, and the "
                     f"context of {runtime.name!r} is {limit} tokens"
                 )
-            out.append(read(_way(runtime.model, longest), row, some) if some else None)
+            with forward.answers_at([len(row.prompt)]):
+                out.append(read(_way(runtime.model, longest), row, some) if some else None)
     like = next((t for t in out if t is not None), None)
     shape = tuple(like.shape[1:]) if like is not None else (0,)
     table = np.full((len(rows), len(depths), *shape), np.nan, np.float32)

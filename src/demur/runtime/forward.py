@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ PREFIX_FLOOR = 8
 """Shared tokens below which one more pass and a cache cost more than they save."""
 FEW_ROWS = 16
 """Rows of a matrix product below which oneDNN gains nothing on MKL."""
+
+
+ANSWERS: ContextVar[tuple[int, ...] | None] = ContextVar("ANSWERS", default=None)
+"""For each row of a pass the position at which its answer begins; None where the cache tells prompt from answer."""
+
+
+@contextmanager
+def answers_at(places: Sequence[int]) -> Iterator[None]:
+    """Tell edits that leave answers alone where these begin, for passes whose caches come and go."""
+    token = ANSWERS.set(tuple(places))
+    try:
+        yield
+    finally:
+        ANSWERS.reset(token)
 
 
 class Stop(Exception):

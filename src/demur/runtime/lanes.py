@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,10 @@ Asked = tuple[Sequence[int], Condition, bool]
 
 @dataclass(slots=True)
 class _Lane:
-    """One row. `length` tokens of it are in the cache; `pending` is the one behind them."""
+    """One row. `prompt` tokens were given, `length` are in the cache, and `pending` is the one behind these."""
 
     condition: Condition
+    prompt: int
     pending: int
     length: int
     open: bool
@@ -115,7 +116,7 @@ class Lanes:
         self._joined += len(rows)
         for key, (ids, condition, forced) in zip(keys, rows, strict=True):
             draws = torch.Generator().manual_seed(condition.seed)
-            self._lanes[key] = _Lane(condition, int(ids[-1]), len(ids) - 1, not forced, draws)
+            self._lanes[key] = _Lane(condition, len(ids), int(ids[-1]), len(ids) - 1, not forced, draws)
         return keys
 
     def leave(self, *keys: int) -> None:
@@ -134,7 +135,7 @@ class Lanes:
             return {}
         lanes, cache = list(self._lanes.values()), self._cache
         before = cache.length
-        with self.runtime.edited():
+        with self.runtime.edited(), forward.answers_at([lane.prompt for lane in lanes]):
             try:
                 logits_BV = advance(cache, [a.length for a in lanes], [[a.pending] for a in lanes])
                 tokens = self._sampled(logits_BV, lanes)
@@ -226,19 +227,16 @@ class Lanes:
         if unknown := [k for k in keys if k not in self._lanes]:
             raise InputError(f"no row {unknown[0]}: rows under way are {list(self._lanes)}")
         rows = [n for n, key in enumerate(self._lanes) if key in keys]
-        lanes = [
-            _Lane(a.condition, a.pending, a.length, a.open, a.draws)
-            for key, a in self._lanes.items()
-            if key in keys
-        ]
-        if len(rows) < len(self):
-            yield self._cache.chosen(rows, max(lane.length for lane in lanes), top), lanes
-            return
-        before = self._cache.length
-        try:
-            yield self._cache, lanes
-        finally:
-            self._cache.rewind(before)
+        lanes = [replace(lane) for key, lane in self._lanes.items() if key in keys]
+        with forward.answers_at([lane.prompt for lane in lanes]):
+            if len(rows) < len(self):
+                yield self._cache.chosen(rows, max(lane.length for lane in lanes), top), lanes
+                return
+            before = self._cache.length
+            try:
+                yield self._cache, lanes
+            finally:
+                self._cache.rewind(before)
 
     def _order(self, keys: Sequence[int]) -> list[int]:
         place = {key: n for n, key in enumerate(k for k in self._lanes if k in set(keys))}

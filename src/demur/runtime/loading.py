@@ -18,7 +18,7 @@ def load(path: str, dtype: str, device_map: Any) -> tuple[Any, Any]:
         InputError: a dtype that does not exist, or a folder that transformers cannot read.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise InputError(
             f"{path} is not a model that transformers can read ({str(e).splitlines()[0]}). Pass a folder "
@@ -32,8 +32,8 @@ def load(path: str, dtype: str, device_map: Any) -> tuple[Any, Any]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = auto.from_pretrained(path, dtype=chosen, device_map=device_map)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = auto.from_pretrained(path, dtype=chosen, device_map=device_map, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         if isinstance(e, torch.OutOfMemoryError):
             raise

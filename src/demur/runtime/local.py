@@ -166,7 +166,7 @@ class LocalRuntime(Runtime):
 
         With `decide`, one scoring pass (T = 1, or the rule's `T` attribute) comes first; the category it
         names is put in front of the answer as its control token. Control tokens can open an answer and stand
-        nowhere else.
+        nowhere else: one that the prompt begins (a last message of the assistant) has none.
         """
         if samples < 1:
             raise InputError(f"samples={samples}: at least one answer per prompt")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
@@ -52,7 +52,7 @@ class OpenAIRuntime(Runtime):
             {"max_tokens": None, "max_completion_tokens": 128}.
 
     Raises:
-        InputError: a base_url without scheme or host.
+        InputError: a base_url without scheme or host, a key that is no plain text.
         CapabilityError: on first use, HTTP 401 or 404, or nothing listening; scoring without
             log-probabilities or behind a thinking block.
 
@@ -78,18 +78,24 @@ class OpenAIRuntime(Runtime):
         control_text: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise InputError(
-                f"base_url={public(base_url)!r}: give the full address, e.g. http://localhost:8000/v1"
-            )
+        try:
+            url = urlsplit(base_url)
+            whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:  # brackets or a port that are none
+            whole = False
+        if not whole:
+            shown = base_url.partition("?")[0].rpartition("@")[2]
+            raise InputError(f"base_url={shown!r}: give the full address, e.g. http://localhost:8000/v1")
         if concurrency < 1 or retries < 0 or timeout <= 0:
             raise InputError(
                 f"concurrency={concurrency}, retries={retries}, timeout={timeout}: need >= 1, >= 0, > 0"
             )
         self.base_url, self.model = base_url.rstrip("/"), model
         self.name = f"{public(self.base_url)}#{model}"
-        self._key = api_key or os.environ.get("DEMUR_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        key = api_key or os.environ.get("DEMUR_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        self._key = key.strip()  # a key read from a file ends in a line break
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError("the API key holds characters that no HTTP header can carry; copy it again")
         self._concurrency, self._timeout, self._retries, self._backoff = (
             concurrency,
             timeout,
@@ -348,11 +354,15 @@ class OpenAIRuntime(Runtime):
     async def _once(
         self, client: httpx.AsyncClient, payload: Mapping[str, Any], path: str
     ) -> tuple[int, dict[str, Any]]:
+        url = urlsplit(self.base_url)
+        url = url._replace(
+            path=f"{url.path.rstrip('/')}/{path}", fragment=""
+        )  # a query stays behind the path
         try:
-            r = await client.post(f"{self.base_url}/{path}", json=payload)
+            r = await client.post(urlunsplit(url), json=payload)
         except httpx.ConnectError as e:
             raise TransientError(f"no connection ({e})", unreachable=True) from None
-        except httpx.TransportError as e:
+        except (httpx.TransportError, httpx.DecodingError) as e:
             raise TransientError(
                 f"{type(e).__name__} after {self._timeout:g} s" if not str(e) else str(e)
             ) from None

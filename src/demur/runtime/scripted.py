@@ -83,8 +83,9 @@ class ScriptedRuntime(Runtime):
         done = 0
         for prompt in prompts:
             asked = prompt.with_system(condition.system)
+            T = float(getattr(decide, "T", 1.0))
             score = (
-                self._score_of(prompt, 1.0, condition) if decide or (self.control and self._scores) else None
+                self._score_of(prompt, T, condition) if decide or (self.control and self._scores) else None
             )
             category = decide(prompt, score) if decide and score else None
             for sample in range(samples):

@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 from demur.errors import CapabilityError, DemurError, InputError
 from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime
 from demur.runtime.batching import windows
-from demur.runtime.chat import ChatFormat
+from demur.runtime.chat import ChatFormat, begun_by
 from demur.types import RESPOND, Condition, Prompt, Reply, Score
 
 PREFIX = "vllm:"
@@ -175,8 +175,9 @@ class VLLMRuntime(Runtime):
         if self.control is not None and good and not (self.chat.thinks and decide is None):
             if decide is not None:
                 self.chat.require_decision()
-            firsts = self._first([rows[n] for n in good], condition)
-            for n, (score, own) in zip(good, firsts, strict=True):
+            new = [n for n in good if not begun_by(rows[n].prompt)]
+            firsts = self._first([rows[n] for n in new], condition)
+            for n, (score, own) in zip(new, firsts, strict=True):
                 score = replace(score, id=rows[n].prompt.id, condition=condition.name)
                 forced = decide(rows[n].prompt, score) if decide is not None else None
                 rows[n] = replace(rows[n], score=score, forced=forced)
@@ -283,7 +284,7 @@ class VLLMRuntime(Runtime):
         if self.control is not None and body:
             category = next((c for c, i in self.control.ids.items() if i == body[0]), None)
             body = body[1:] if category else body
-        content, reasoning = self.chat.split(body)
+        content, reasoning = self.chat.split(body, begun_by(row.prompt))
         log = {c: math.log(p) for c, p in row.score.probabilities.items() if p > 0} if row.score else {}
         return replace(
             reply,

@@ -11,6 +11,8 @@ from demur.types import Condition, Prompt, Reply, Score, Site
 class WrappedRuntime(Runtime):
     """Base of runtimes that change how another one answers; `generate` is theirs, the rest is handed on.
 
+    Edits go on the inner runtime, before it is wrapped.
+
     Args:
         inner: the runtime behind. name: default the inner one's.
     """
@@ -18,7 +20,7 @@ class WrappedRuntime(Runtime):
     def __init__(self, inner: Runtime, *, name: str | None = None) -> None:
         self.inner, self.name = inner, name or inner.name
         self.fingerprint, self.dtype, self.control = inner.fingerprint, inner.dtype, inner.control
-        self.capabilities, self.deterministic = inner.capabilities, inner.deterministic
+        self.capabilities, self.deterministic = inner.capabilities - {"intervene"}, inner.deterministic
         self.shipped_point = inner.shipped_point
 
     def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:

@@ -111,18 +111,25 @@ def _gateway(
         stored = open_evaluation(settings.evaluation)
     if settings.texts is not None:
         writable(settings.texts)
-    reference = np.array(stored.reference) if stored is not None else None
-    if reference is not None and reference.size < LEAST:
-        logging.getLogger("demur").warning(
-            "evaluation: %d scores, drift needs %d; it is not watched", reference.size, LEAST
-        )
-        reference = None
-    metrics = metrics_room.Metrics(upstream.names, reference)
+    dial = Dial(settings, main, canary, opened=opened)
+    metrics = metrics_room.Metrics(upstream.names, _reference(stored, upstream, dial))
     for role, file in (("main", main), ("canary", canary)):
         if file is not None:
             metrics.watch(role, file)
-    dial = Dial(settings, main, canary, opened=opened)
     return Gateway(settings, upstream, dial, metrics, stored)
+
+
+def _reference(stored: Evaluation | None, upstream: Upstream, dial: Dial) -> Any:
+    """The scores that drift is measured from; None, and a warning, where they cannot be compared."""
+    if stored is None:
+        return None
+    problem = playground.evaluation_problem(stored, upstream, dial)
+    if problem is None and len(stored.reference) < LEAST:
+        problem = f"It has {len(stored.reference)} scores, and {LEAST} are needed."
+    if problem is not None:
+        logging.getLogger("demur").warning("evaluation: drift is not watched. %s", problem)
+        return None
+    return np.array(stored.reference)
 
 
 def _layers(app: FastAPI, gateway: Gateway) -> None:

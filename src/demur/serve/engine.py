@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"tokenizer {folder}: no such folder; it is the one the engine's model was loaded from"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise InputError(f"tokenizer {folder}: {e}") from None
     if not tokenizer.chat_template:

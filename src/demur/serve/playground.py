@@ -107,7 +107,7 @@ def router(state: Gateway) -> APIRouter:
 
     @routes.get("/demur/evaluation", summary="Stored probabilities of a prompt set", responses=_errors(404))
     async def evaluation() -> Response:
-        problem = evaluation_problem(state)
+        problem = evaluation_problem(state.evaluation, state.upstream, state.dial)
         if state.evaluation is None or problem is not None:
             return _error(404, problem or "", "no_evaluation")
         text = state.evaluation.model_dump_json(exclude={"reference"})
@@ -154,7 +154,7 @@ def about(state: Gateway) -> dict[str, Any]:
         "overrides": [i for i in settings.overrides if i != "*"],
         "any_override": "*" in settings.overrides,
         "consent": settings.allow_refusal_lowering,
-        "evaluation_problem": evaluation_problem(state),
+        "evaluation_problem": evaluation_problem(state.evaluation, state.upstream, state.dial),
         "losses": list(state.upstream.losses),
     }
 
@@ -205,9 +205,9 @@ def new_point(new: NewPoint, loaded: OperatingPoint | None, upstream: Upstream, 
     return replace(manual, thresholds={**manual.thresholds, **inherited})
 
 
-def evaluation_problem(state: Gateway) -> str | None:
+def evaluation_problem(stored: Evaluation | None, upstream: Upstream, dial: Dial) -> str | None:
     """Why the stored scores do not fit this server's model and operating point, or None."""
-    stored, upstream, main = state.evaluation, state.upstream, state.dial.main
+    main = dial.main
     if not upstream.names:
         return f"{upstream.name} has no control tokens, so there is no dial to turn."
     if stored is None:

@@ -40,7 +40,8 @@ class Board {
 
   fromPoint() {
     const found = this.about.point?.thresholds ?? {};
-    const dial = { rule: this.about.point?.rule ?? "threshold", tau: {}, on: {} };
+    const bare = Object.keys(found).length === 0;
+    const dial = { rule: this.about.point?.rule ?? "threshold", tau: {}, on: {}, bare: bare };
     for (const c of this.categories) {
       dial.tau[c] = found[c]?.tau ?? 0.5;
       dial.on[c] = found[c]?.mode === "enforce";

@@ -40,10 +40,10 @@ function steeringScore(row, best, cuts, rule) {
   return row[best];
 }
 
-/** Thresholds as `decide` takes them: under "compare" without any, every category is steered. */
+/** Thresholds as `decide` takes them: under "compare" every category is steered where the point has none (`bare`). */
 export function cutsOf(dial, names) {
   const cuts = names.slice(0, -1).map((c) => (dial.on[c] ? dial.tau[c] : null));
-  return dial.rule === "compare" && cuts.every((cut) => cut === null) ? cuts.map(() => -1) : cuts;
+  return dial.rule === "compare" && dial.bare && cuts.every((cut) => cut === null) ? cuts.map(() => -1) : cuts;
 }
 
 /** The column served for each stored row: the rule's, or the model's own (-1: no control token). */
