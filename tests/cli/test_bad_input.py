@@ -221,6 +221,12 @@ def test_a_score_column_and_a_model_exclude_each_other(cli: Cli, tmp_path: Path)
     refused_clearly(cli("calibrate", tmp_path / "s.csv", "--score", "p", "-m", "x"), "--score", "--model")
 
 
+def test_options_that_would_change_nothing_are_refused(cli: Cli, tmp_path: Path) -> None:
+    refused_clearly(cli("calibrate", tmp_path / "s.jsonl", "--group", "g"), "--group", "add --score")
+    for given in (["--score", "p"], ["-m", "x"]):
+        refused_clearly(cli("calibrate", tmp_path / "s.csv", *given, "--prompts", "p.jsonl"), "leave it out")
+
+
 # --- models ----------------------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,26 @@ def test_calibrate_with_a_budget_for_ordinary_prompts(
     assert done.code == 2 and "max-tpr" in done.err
 
 
+def test_calibrate_counts_a_group_of_prompts_once(cli: Cli, tmp_path: Path) -> None:
+    rows = [
+        {"id": str(i), "prompt": f"q{i}", "expected": "comply", "group": f"g{i // 30}"} for i in range(120)
+    ]
+    rows += [{"id": f"r{i}", "prompt": f"r{i}", "expected": "refuse"} for i in range(40)]
+    scores = [{"id": r["id"], "p_refuse": 0.1 if r["expected"] == "comply" else 0.9} for r in rows]
+    for name, some in (("prompts", rows), ("scores", scores)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    args = (
+        "calibrate",
+        tmp_path / "scores.jsonl",
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+        "-o",
+        tmp_path / "p.yaml",
+    )
+    done = cli(*args)
+    assert done.code != 0 and "independent" in done.err  # four groups, not 120 prompts
+
+
 def test_calibrate_any_table(cli: Cli, tmp_path: Path) -> None:
     rows = [f"{i / 400},{int(i >= 200)},{'ab'[i % 2]}" for i in range(400)]
     (tmp_path / "s.csv").write_text("p,truth,kind\n" + "\n".join(rows) + "\n")
@@ -343,6 +363,7 @@ def test_scores_without_their_prompts(cli: Cli, tmp_path: Path, prompts: Path) -
     [
         ("learning_rate: 1\n", "names are mode"),
         ("epochs: many\n", "epochs"),
+        ("epochs: 0\n", "recipe: epochs=0: it must be at least 1\n"),
         ("mode: loud\n", "category"),
         ("[1, 2]\n", "names are mode"),
         ("a: [\n", "not YAML"),

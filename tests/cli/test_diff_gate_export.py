@@ -52,6 +52,17 @@ def test_gate_codes_pass_fail_and_error(cli: Cli, tmp_path: Path) -> None:
     assert cli("gate", tmp_path / "none.jsonl", "--fail-if", "over_refusal > 0.1").code == 2
 
 
+def test_gate_says_that_a_run_was_stopped(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cli("measure", "--replies", answers(tmp_path / "a.jsonl", 0), "--out", run)
+    rule = ("--fail-if", "over_refusal > 0.10")
+    assert "have no answer" not in cli("gate", run, *rule).err
+    for name in ("replies", "verdicts"):
+        path = run / f"{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:60]))
+    assert "40 of 100 prompts have no answer" in cli("gate", run, *rule).err
+
+
 def test_gate_with_too_few_answers_fails_and_says_how_many(cli: Cli, tmp_path: Path) -> None:
     done = cli("gate", answers(tmp_path / "a.jsonl", 0, n=10), "--fail-if", "over_refusal > 0.10")
     assert done.code == 1 and "TOO FEW" in done.out and "29" in done.out

@@ -54,6 +54,7 @@ def test_tokens(cli: Cli, tmp_path: Path) -> None:
         ((), "give one prompt"),
         (("hi", "--vs", "a", "b"), "give one prompt"),
         (("--vs", "a", "b", "-m", "c"), "leave --model out"),
+        (("--vs", "a", "b", "--base-only"), "leave --base-only out"),
         (("hi", "--allow-refusal-lowering"), "belong to --vs"),
         (("  ",), "empty"),
     ],

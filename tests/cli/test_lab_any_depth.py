@@ -71,6 +71,7 @@ def test_wrong_input_is_said(cli: Cli, tmp_path: Path) -> None:
         (("check", one), "--probe FILE, --mass or --rethink"),
         (("check", one, "--rethink", "--depths", "0"), "above 0"),
         (("run", one, "--rethink", "--every", "often"), "--every 'often'"),
+        (("run", one, "--rethink", "--every", "²"), "--every '²'"),
         (("run", one, "--probe", tmp_path / "none"), "no such file"),
     ):
         done = cli(*LAB, *args)

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from demur.cli import options
+from demur.cli.lab import magic_tokens
 from demur.control.modes import ModeKey
 from demur.runtime.local import LocalRuntime
 from tests.cli.conftest import Cli
@@ -77,6 +78,18 @@ def test_audit(cli: Cli, tmp_path: Path, runtime: LocalRuntime) -> None:
     leaks = json.loads(text)["values"]["leaks"]
     assert len(leaks["pos"]["random"]) == 6 and 7 <= sum(map(len, leaks["pos"]["edits"].values())) <= 13
     assert not any(made.token(m) in text + done.out for m in made.modes)
+
+
+def test_each_stage_of_an_audit_has_one_bar(
+    cli: Cli, tmp_path: Path, runtime: LocalRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, key, _ = files(tmp_path, runtime)
+    shown = magic_tokens.bar()
+    monkeypatch.setattr(magic_tokens, "bar", lambda: shown)
+    done = cli(*LAB, "audit", prompts, "--key", key, "--guesses", "6", "--edits", "9")
+    assert done.code == 0, done.err
+    names = [task.description for task in shown.tasks]
+    assert len(names) == len(set(names)) > 1
 
 
 @pytest.mark.usefixtures("runtime")

@@ -87,6 +87,24 @@ def test_a_checker_is_asked_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.M
     assert len(seen) == 11 and len(out.read_text().splitlines()) == 8
 
 
+def test_checks_that_were_cut_off_are_asked_again_with_a_larger_budget(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def script(prompt: Any, condition: Any, sample: int) -> str:
+        asked.append(condition.max_new_tokens)
+        return "True" if "Sample 4" in prompt.text or condition.max_new_tokens > 8 else "Let me see"
+
+    runtime = ScriptedRuntime(script, name="checker")
+    monkeypatch.setattr(demur.flows.load, "load_runtime", lambda *a, **k: runtime)
+    file, out = write(tmp_path / "s.jsonl", rows()), tmp_path / "v.jsonl"
+    for budget, calls in ((8, 8), (8, 8), (4096, 15), (4096, 15)):
+        done = cli(*LAB, file, "--judge", "x", "--verdicts", out, "--max-new-tokens", budget)
+        assert done.code == 0 and len(asked) == calls, (budget, done.err)
+    assert len(out.read_text().splitlines()) == 8
+
+
 def test_a_checker_that_never_answers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = ScriptedRuntime({"*": RuntimeError("no route")}, name="checker")
     monkeypatch.setattr(demur.flows.load, "load_runtime", lambda *a, **k: runtime)

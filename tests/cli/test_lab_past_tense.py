@@ -11,7 +11,7 @@ import pytest
 import demur.flows.load
 from demur.runtime.base import Runtime
 from demur.runtime.scripted import ScriptedRuntime
-from demur.types import Prompt
+from demur.types import Condition, Prompt
 from tests.cli.conftest import Cli
 
 LAB = ("lab", "past-tense")
@@ -99,6 +99,29 @@ def test_attempts(cli: Cli, file: Path) -> None:
     curve = {(r["judge"], r["tense"], r["k"]): r["answered"] for r in document["values"]["attempts"]}
     assert curve["rules/demur-v1", "past", 1] == 3 and curve["rules/gcg-v1", "present", 2] == 0
     assert document["provenance"]["draws"] == 2 and document["provenance"]["temperature"] == 1.0
+
+
+def test_rewordings_by_a_model_are_answered_at_a_temperature_with_a_seed_each(
+    cli: Cli, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float, int, int]] = []
+
+    def answer(p: Prompt, condition: Condition, sample: int) -> str:
+        if condition.name == "reword":
+            tense = next(t for t in ("did people", "will people", "do people") if f"how {t}" in p.text)
+            scarf = p.text.rsplit("scarf ", 1)[1].rstrip("?")
+            return f"How {tense} dye scarf {scarf}?"
+        asked.append((p.meta["tense"], condition.temperature, condition.seed, sample))
+        return NO
+
+    monkeypatch.setattr(
+        demur.flows.load, "load_runtime", lambda *_, **__: ScriptedRuntime(answer, name="toy")
+    )
+    done = cli(
+        *LAB, file, "--n", "2", "--attempts", "3", "--rewriter", "w", "--judge", "rules/demur-v1", "--json"
+    )
+    assert done.code == 0, done.err
+    assert {a for a in asked if a[0] == "present"} == {("present", 1.0, seed, 0) for seed in range(3)}
 
 
 def test_clashing_options(cli: Cli, file: Path) -> None:

@@ -1,5 +1,7 @@
 import json
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,28 @@ def test_answers_from_a_file(tmp_path: Path) -> None:
     assert "not kept" in " ".join(result.report.values["sections"]["text"]["notes"])
 
 
+def test_answers_in_the_run_folder_itself_survive_a_second_card(tmp_path: Path) -> None:
+    file = tmp_path / "answers.csv"
+    file.write_text("prompt,response,expected\nx,Sure. It is here.,comply\n")
+    log = tmp_path / "log.jsonl"
+    log.write_text("mine\n")
+    for _ in range(2):
+        card_from_replies(file, tmp_path)
+    assert log.read_text() == "mine\n"
+
+
+def test_a_side_that_could_not_be_read_is_not_called_unasked(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    head = "prompt,response,expected,finish_reason\n"
+    file.write_text(head + "x,,refuse,length\ny,,comply,stop\n")
+    found = card_from_replies(file, tmp_path / "none").report
+    assert (found.tables[0].title, found.tables[0].note) == ("Nothing could be read", "2 could not be read.")
+    file.write_text(head + "x,Sure. It is here.,refuse,stop\ny,,comply,stop\n")
+    made = card_from_replies(file, tmp_path / "half")
+    assert made.report.tables[0].title.endswith("was asked, but no answer to it could be read")
+    assert "1 unread" in made.html.read_text()
+
+
 def test_verdicts_from_the_file_are_used(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("prompt,response,expected,category,verdict,judge\nx,whatever,refuse,c,refused,me\n")
@@ -287,6 +311,44 @@ def test_a_shared_card_has_no_texts(tmp_path: Path) -> None:
     for text in (html, (tmp_path / "card.json").read_text()):
         assert "Fine" not in text
         assert "good &lt;" not in text
+
+
+def test_the_interval_under_the_curve_counts_a_group_as_one_draw(tmp_path: Path) -> None:
+    def width(copies: int, group: bool) -> float:
+        rng, prompts, scores = random.Random(0), [], {}
+        for g in range(24):
+            p = min(0.99, max(0.01, rng.gauss(0.6 if g % 2 else 0.4, 0.2)))
+            for k in range(copies):
+                one = Prompt.of("x", id=f"{g}-{k}", category="a", expected=REFUSE if g % 2 else COMPLY)
+                prompts.append(replace(one, group=str(g) if group else None))
+                scores[one.id] = {"a": p, "respond": 1 - p}
+        runtime = ScriptedRuntime({"*": YES}, scores=scores, control=("a",), name="copies")
+        out = tmp_path / f"{copies}-{group}"
+        made = card(runtime, PromptSet("s", tuple(prompts)), out, texts=1, progress=False).report
+        low, high = made.values["sections"]["curve"]["values"]["all"]["auroc_interval"]
+        return float(high - low)
+
+    once, copied = width(1, False), width(20, True)
+    assert copied == pytest.approx(once, rel=0.3)
+    assert width(20, False) < 0.4 * once
+
+
+def test_a_shared_card_does_not_tell_the_system_message(tmp_path: Path) -> None:
+    made(tmp_path, condition=Condition(system="Our house rules."), share=True)
+    for name in ("card.html", "card.json"):
+        assert "house rules" not in (tmp_path / name).read_text()
+    assert "house rules" in (tmp_path / "run.json").read_text()
+
+
+def test_the_curve_of_given_scores_names_them_and_keeps_the_capitals_of_a_category(tmp_path: Path) -> None:
+    rows = [(f"{i}", NO, "CBRN", e, 0.1 * i) for i in range(5) for e in ("refuse", "comply")]
+    file = tmp_path / "a.csv"
+    lines = [f'{e}{i},"{r}",{c},{e},{p}' for i, r, c, e, p in rows]
+    file.write_text("\n".join(["prompt,response,category,expected,p_refuse", *lines]))
+    page = card_from_replies(file, tmp_path / "out").html.read_text()
+    assert ">CBRN</p>" in page
+    assert "The score is the column p_refuse" in page
+    assert "no control tokens" not in page
 
 
 def test_no_keys_and_no_machine_paths_in_the_run(tmp_path: Path) -> None:

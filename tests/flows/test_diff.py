@@ -196,6 +196,8 @@ def test_runs_that_cannot_be_compared_are_errors(tmp_path: Path) -> None:
     assert diff(a, mine, tmp_path / "out", judge="rules/demur-v1").values["pairs"] == 1
     with pytest.raises(InputError, match="is a file"):
         diff(a, a, a)
+    silent = save(tmp_path / "c.jsonl", [row(0, no=False) | {"response": ""}])
+    assert "No answer could be read" in diff(silent, silent, tmp_path / "out").values["verdict"]
 
 
 def test_requests_without_expectation_have_rows_of_their_own(tmp_path: Path) -> None:

@@ -154,6 +154,8 @@ def test_our_own_importers_read_the_export_back(run: Run, tmp_path: Path, to: An
     before = {(r.prompt.id, r.reply.sample): (r.prompt.expected, r.reply.content) for r in run.records}
     after = {(r.prompt.id, r.reply.sample): (r.prompt.expected, r.reply.content) for r in again.records}
     assert before == after
+    with pytest.raises(InputError, match="left out when the run was exported"):
+        read_run(export(run, tmp_path / "safe", to, created=WHEN)[-1])
 
 
 # --- Inspect itself ---

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from demur import judges
 from demur.errors import DataUnavailable, InputError
 from demur.files import dump_jsonl
 from demur.flows import batchfiles, suites
@@ -174,11 +175,12 @@ def test_the_shipped_operating_point_decides_as_on_the_card(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_measured_is_an_error(tmp_path: Path) -> None:
-    class Harm:
-        id, definition, scale = "harm/x", "", "harm"
-
+    (tmp_path / "harm.csv").write_text("id,label\np0,harmful\n")
+    asked = ScriptedRuntime({"*": "refuses"})
     for options, message in (
-        ({"judge": Harm()}, "judge of refusals"),
+        ({"judge": f"human:{tmp_path / 'harm.csv'}"}, "judge of refusals"),
+        ({"judge": judges.get("rubric/strongreject-v1", runtime=asked)}, "judge of refusals"),
+        ({"judge": judges.get("template/llama-guard-3-v1", runtime=asked)}, "judge of refusals"),
         ({"samples": 2}, "copies of one answer"),
         ({"conditions": [Condition(), Condition(system="x")]}, "share a name"),
         ({"conditions": [Condition(name="a/b")]}, "letters, digits"),
@@ -328,6 +330,7 @@ def test_batch_errors_are_rows_and_a_second_file_fills_them(
     assert "1 requests have no line" in caplog.text
     labels = made.report.values["conditions"]["default"]["labels"]
     assert labels == {"refuse": {"error": 1, "full_refusal": 1}, "lookalike": {"error": 1}}
+    assert not any("asked again" in note for note in made.report.notes)  # by the same files they are not
     dump_jsonl([batch_line("default/0/p1", YES), batch_line("default/0/p2", NO)], tmp_path / "more.jsonl")
     both = batchfiles.BatchOutput([tmp_path / "out.jsonl", tmp_path / "more.jsonl"])
     made = measure(both, prompts, tmp_path / "b", progress=False)
@@ -339,6 +342,32 @@ def test_batch_errors_are_rows_and_a_second_file_fills_them(
         measure(both, PromptSet("o", (Prompt.of("x", id="other"),)), tmp_path / "c", progress=False)
     with pytest.raises(InputError, match="line 1: no line of a batch output"):
         batchfiles.BatchOutput([dump(tmp_path / "prompts.jsonl", prompts)])
+
+
+def test_a_request_that_the_batch_service_blocked_is_an_answer(tmp_path: Path) -> None:
+    row = {
+        "custom_id": "default/0/p0",
+        "response": None,
+        "error": {"code": "content_filter", "message": "no"},
+    }
+    dump_jsonl([row], tmp_path / "out.jsonl")
+    made = run_batch(tmp_path, small(1))
+    assert made["conditions"]["default"]["labels"] == {"refuse": {"blocked": 1}}
+
+
+def test_a_part_of_a_batch_misses_no_requests_of_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = small(100)
+    lines = [batch_line(f"default/0/{p.id}", NO) for p in batchfiles.shard_of(prompts.prompts, (1, 2))]
+    dump_jsonl(lines, tmp_path / "out.jsonl")
+    run_batch(tmp_path, prompts, shard=(1, 2))
+    assert "have no line" not in caplog.text
+
+
+def run_batch(folder: Path, prompts: PromptSet, **options: Any) -> dict[str, Any]:
+    runtime = batchfiles.BatchOutput([folder / "out.jsonl"])
+    return dict(measure(runtime, prompts, folder / "run", progress=False, **options).report.values)
 
 
 def dump(path: Path, prompts: PromptSet) -> Path:

@@ -80,6 +80,38 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
         assert run.rows("scores") == []
 
 
+def test_a_run_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("mine\n")
+    with RunFolder(tmp_path) as run:
+        run.start({"seed": 0})
+        run.commit({"replies-some condition": [], "scores-tense": []})
+        (tmp_path / "operating_point.yaml").write_text("of the run\n")
+        run.start({"seed": 1}, fresh=True)
+        assert {p.name for p in tmp_path.iterdir()} - {".lock"} == {"answers.jsonl", "run.json"}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "prompts.jsonl").write_text("mine\n")
+    for fresh in (False, True):
+        with (
+            RunFolder(other) as run,
+            pytest.raises(InputError, match=r"holds prompts\.jsonl but no run\.json"),
+        ):
+            run.start({"seed": 0}, fresh=fresh)
+    assert (other / "prompts.jsonl").read_text() == "mine\n"
+
+
+def test_an_error_that_was_answered_later_is_not_asked_again(tmp_path: Path) -> None:
+    run, p = RunFolder(tmp_path), PROMPTS[:1]
+    rows = [
+        Verdict(prompt_id="p0", label="error", judge="j"),
+        Verdict(prompt_id="p0", label="compliance", judge="j"),
+    ]
+    run.commit({"verdicts": [to_row(v) for v in rows]})
+    assert run.open_prompts(["verdicts"], p) == []
+    run.commit({"verdicts": [to_row(rows[0])]})
+    assert run.open_prompts(["verdicts"], p) == list(p)
+
+
 def test_differing_reports_missing_keys() -> None:
     assert list(differing({"a": 1}, {"b": 2})) == ["a: 1 there, null now", "b: null there, 2 now"]
 

@@ -39,6 +39,7 @@ def test_jsonl_of_harm_labels(tmp_path: Path) -> None:
         ("a,0,compliance\na,0,compliance", "line 3.*line 2"),
         ("a,-1,compliance", "line 2: sample"),
         ("a,0,compliance\nb,0,harmful", "each scale"),
+        (",0,compliance", "line 2: no `id`"),
     ],
 )
 def test_bad_files(tmp_path: Path, rows: str, message: str) -> None:

@@ -88,6 +88,18 @@ def test_what_is_unclear_is_unparsed_and_what_fails_is_an_error() -> None:
     assert v.label == Label.ERROR and "too slow" in (v.reason or "")
 
 
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("The choices are:\nfull_refusal\nfull_compliance", Label.UNPARSED),
+        ("full_refusal\nIt declines, since", Label.FULL_REFUSAL),
+    ],
+)
+def test_the_last_line_of_a_text_that_was_cut_off_is_no_choice(said: str, label: str) -> None:
+    cut = Reply(prompt_id="0", content=said, finish_reason="length")
+    assert one("rubric/xstest-3way-v1", lambda _: cut).label == label
+
+
 def test_fields_of_the_reply_come_first_and_cost_no_question() -> None:
     def never(_: str) -> str:
         raise AssertionError("asked")

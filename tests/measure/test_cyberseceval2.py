@@ -438,6 +438,14 @@ def test_remembered_answers_are_not_asked_for_again(tmp_path: Path) -> None:
     assert ask()[0] == "0 0 0" and len(calls) == 8
     ask(Condition(temperature=0.5, seed=1), samples=1)
     assert len(calls) == 11 and len(file.read_text().splitlines()) == 9
+    steered = ScriptedRuntime(lambda *_: "other", name="m+steered")
+    for one in (
+        ScriptedRuntime(script, name="m"),
+        steered,
+    ):  # a view with edits has the fingerprint of its model
+        one.fingerprint = "f"
+        list(Remembered(one, file).generate(asked(1)))
+    assert next(iter(Remembered(steered, file).generate(asked(1)))).content == "other"
     file.write_text('{"a": 1}\n')
     with pytest.raises(InputError, match="no file of kept answers"):
         ask()

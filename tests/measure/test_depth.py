@@ -236,5 +236,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         Depth(depths=(-1,))
     with pytest.raises(CapabilityError, match="runs elsewhere"):
         Depth().run(ScriptedRuntime({}), forced("yes"))
+    short = [Forced(Prompt.of("Why?", id="a", expected=REFUSE), "Yes.")]
+    with pytest.raises(InputError, match="none can be cut at depth 500"):
+        Depth(depths=(500,)).run(tiny_runtime(), short)
     with pytest.raises(InputError, match="no forced answers"):
         Depth().run(tiny_runtime(), [])

@@ -41,6 +41,7 @@ from demur.measure.math_false_positives.solutions import (
 )
 from demur.measure.math_false_positives.verdicts import check_text, parse_verdict
 from demur.runtime.scripted import ScriptedRuntime
+from demur.types import Reply
 
 # --- estimators -------------------------------------------------------------------------------------------------
 
@@ -377,6 +378,14 @@ def test_a_model_checks_and_is_scored() -> None:
     assert len(written) == 4
     found = report.values["detectors"]["checkers"]["checker"]
     assert (found["tp"], found["fp"], found["fn"], found["unread"]) == (1, 0, 1, 1)
+
+
+def test_the_last_word_of_a_check_that_was_cut_off_is_no_verdict() -> None:
+    cut = Reply(prompt_id="x", content="Step 1 is True. Step 2", finish_reason="length")
+    word = Reply(prompt_id="x", content="False", finish_reason="length")
+    runtime = ScriptedRuntime(lambda p, *_: cut if "What is 0" in p.text else word)
+    labels = [v.label for v, _ in check(runtime, check_prompts(graded(asked(2))))]
+    assert labels == ["unparsed", "flawed"]
 
 
 # --- files ------------------------------------------------------------------------------------------------------

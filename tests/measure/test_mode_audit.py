@@ -31,10 +31,10 @@ def test_given_away() -> None:
 
 
 def test_confusion_and_agreement() -> None:
-    table = ma.confusion({"pos": ["pos", "rej"], "rej": ["rej", "rej"]}, ("pos", "rej", "other"))
-    assert table.columns == ("mode", "pos", "rej", "other", "answers")
+    table = ma.confusion({"pos": ["pos", "rej"], "rej": ["rej", "unread"]}, ("pos", "rej", "other"))
+    assert table.columns == ("mode", "pos", "rej", "other", "answers", "unread")
     cells = [[c.k if isinstance(c, Rate) else c for c in row] for row in table.rows]
-    assert cells == [["pos", 1, 1, 0, 2], ["rej", 0, 2, 0, 2]]
+    assert cells == [["pos", 1, 1, 0, 2, 0], ["rej", 0, 1, 0, 2, 1]]
     share, (low, high) = ma.agreement(["pos", "rej", "rej", "pos"], ["pos", "rej", "pos", "pos"])
     assert share == 0.75 and low <= 0.75 <= high
 

@@ -169,6 +169,22 @@ def test_several_pictures_cluster_by_prompt() -> None:
     assert found.low < wilson.low and found.high - found.low > 0.5
 
 
+def test_repeated_requests_cluster_by_prompt_in_safe_responses_too() -> None:
+    prompts = PromptSet("s", tuple(case(str(i), refuse=True) for i in range(10)))
+    shown = (Picture(),)
+    drawings = [
+        Drawing(prompt_id=p.id, sample=s, pictures=shown if i > 4 else ())
+        for i, p in enumerate(prompts)
+        for s in range(4)
+    ]
+    harmful = {(d.prompt_id, d.sample): True for d in drawings}
+    rows, wilson = joined(prompts, drawings, harmful), rate(20, 40)
+    for found in safe_response(rows, "j"):
+        assert (found.k, found.n) == (20, 40)
+        assert found.low is not None and wilson.low is not None and found.low < wilson.low
+        assert (found.low, found.high) == (refusal(rows).low, refusal(rows).high)
+
+
 def test_macro_youden_and_spearman_by_hand() -> None:
     a, b = rate(2, 10), rate(30, 40)
     mean = macro([a, b, rate(0, 0)])

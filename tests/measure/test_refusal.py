@@ -32,6 +32,8 @@ def test_every_label_is_declined_complied_or_unread() -> None:
         Label.BLOCKED,
     }
     assert unread == {Label.TRUNCATED, Label.EMPTY, Label.UNPARSED, Label.ERROR}
+    with pytest.raises(InputError, match="'not_harmful' says nothing of refusals"):
+        declined("not_harmful")
 
 
 def test_rows() -> None:

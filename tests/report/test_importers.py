@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -53,6 +54,45 @@ def test_an_empty_csv_answer_is_an_answer(tmp_path: Path) -> None:
     csv = tmp_path / "a.csv"
     csv.write_text("prompt,response,expected\nHi?,,comply\n", encoding="utf-8")
     assert load_answers(csv).replies[0].content == ""
+
+
+def test_an_empty_answer_is_not_filled_in_from_another_column(tmp_path: Path) -> None:
+    csv = tmp_path / "a.csv"
+    csv.write_text("prompt,response,answer\nHi?,Hello.,gold\nHo?,,gold\n", encoding="utf-8")
+    assert [r.content for r in load_answers(csv).replies] == ["Hello.", ""]
+
+
+def test_a_thinking_block_is_not_the_answer(tmp_path: Path) -> None:
+    said = (
+        "<think>I must refuse this.</think>Sure.",
+        "I must refuse.</think>\nSure.",
+        "<think>hm",
+        "Use <think> tags.",
+    )
+    rows = ({"id": str(i), "prompt": f"q{i}", "response": text} for i, text in enumerate(said))
+    got = load_answers(jsonl(tmp_path / "a.jsonl", *rows)).replies
+    assert [r.content for r in got] == ["Sure.", "Sure.", "", "Use <think> tags."]
+    assert [r.reasoning for r in got] == ["I must refuse this.", "I must refuse.", "hm", None]
+    assert [r.finish_reason for r in got] == ["unknown", "unknown", "length", "unknown"]
+
+
+def test_a_csv_without_a_column_of_answers_is_an_error(tmp_path: Path) -> None:
+    csv = tmp_path / "a.csv"
+    csv.write_text("prompt,reponse\nHi?,Hello.\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"needs a column `response`; found columns prompt, reponse"):
+        load_answers(csv)
+
+
+def test_a_missing_answer_needs_a_reason_in_every_jsonl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="line 1: needs `response`"):
+        load_answers(jsonl(tmp_path / "a.ndjson", {"prompt": "Hi?"}))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "Hi?", "response": null}')))
+    with pytest.raises(InputError, match="line 1: needs `response`"):
+        load_answers("-")
+    found = load_answers(jsonl(tmp_path / "a.jsonl", {"prompt": "Hi?", "response": None, "error": "timeout"}))
+    assert (found.replies[0].content, found.replies[0].error) == ("", "timeout")
 
 
 @pytest.mark.parametrize(

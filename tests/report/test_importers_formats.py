@@ -97,6 +97,14 @@ def test_inspect_epochs_errors_reasoning_and_targets(tmp_path: Path) -> None:
     assert len(found.prompts[0].messages) == 1  # the solver's system message is no part of the prompt
 
 
+def test_epochs_of_a_stopped_inspect_log_count_from_0(tmp_path: Path) -> None:
+    one, two = build.answers(2)
+    samples = [build.inspect_sample(a, epoch=e) for a, e in ((one, 3), (two, 1), (one, 2))]
+    (tmp_path / "log.json").write_text(json.dumps({**build.HEADER, "samples": samples}))
+    found = load_answers(tmp_path / "log.json").replies
+    assert [(r.prompt_id, r.sample) for r in found] == [("q0", 1), ("q1", 0), ("q0", 0)]
+
+
 def test_an_answer_as_target_is_no_expectation(tmp_path: Path) -> None:
     sample = {**build.inspect_sample(build.answers(1)[0]), "target": "Paris", "metadata": {"expected": 7}}
     (tmp_path / "log.json").write_text(json.dumps({**build.HEADER, "samples": [sample]}))
@@ -140,7 +148,7 @@ def test_garak_counts_an_attempt_once_and_an_output_that_never_came(tmp_path: Pa
 
 
 def test_batch_output_errors_filters_and_prompts(tmp_path: Path) -> None:
-    some = build.answers(5)
+    some = build.answers(6)
     lines: list[dict[str, Any]] = [build.batch_line(a.id, a.text or "x") for a in some]
     lines[1]["response"] = {"status_code": 500, "body": {"error": {"message": "overloaded"}}}
     lines[2] |= {"response": None, "error": {"code": "batch_expired", "message": "too late"}}
@@ -149,6 +157,7 @@ def test_batch_output_errors_filters_and_prompts(tmp_path: Path) -> None:
         "body": {"error": {"code": "content_filter", "message": "no"}},
     }
     lines[4]["response"]["body"] = {"object": "response", "output": []}
+    lines[5]["response"] = {"status_code": "odd", "body": {}}
     path = build._lines(tmp_path / "out.jsonl", lines)
     with pytest.raises(InputError, match="pass --prompts"):
         load_answers(path)
@@ -159,6 +168,7 @@ def test_batch_output_errors_filters_and_prompts(tmp_path: Path) -> None:
     assert "too late" in str(errors[2])
     assert (found.replies[3].finish_reason, errors[3]) == ("content_filter", None)
     assert "no chat completion" in str(errors[4])
+    assert "unreadable answer" in str(errors[5])
 
 
 def test_batch_input_gives_the_prompts(tmp_path: Path) -> None:
@@ -187,7 +197,18 @@ def test_batch_input_gives_the_prompts(tmp_path: Path) -> None:
         ("a.json", '{"a": 1}', "no Inspect log"),
         ("a.json", json.dumps(build.HEADER), "only its header"),
         ("a.json", json.dumps({**build.HEADER, "samples": [{"id": 1}]}), "without `input`"),
+        ("a.json", json.dumps({**build.HEADER, "samples": [{"id": 1, "input": ["q"]}]}), "neither text"),
         ("a.eval", "no zip", "no readable .eval"),
+        (
+            "a.report.jsonl",
+            '{"entry_type": "attempt", "status": 2, "prompt": {"turns": ["q"]}, "outputs": ["x"]}',
+            "without text",
+        ),
+        (
+            "samples_a.jsonl",
+            '{"doc_id": 0, "doc": {"text": "q"}, "resps": [["x"]]}\n{"doc_id": 1, "doc": {"text": "r"}}',
+            "line 2: `resps`",
+        ),
         ("a.jsonl", '{"custom_id": 1, "response": null}', "pass --prompts"),
     ],
 )

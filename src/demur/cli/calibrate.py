@@ -18,6 +18,8 @@ from demur.files import dump_operating_point, load, read_rows
 from demur.report.render import to_text
 from demur.types import RESPOND, OperatingPoint, PromptSet, Score
 
+PROMPTS, LABEL = "core:calibrate", "y"
+
 
 class Goal(StrEnum):
     """How a threshold is chosen."""
@@ -40,13 +42,13 @@ def calibrate(
         typer.Option(
             metavar="FILE", help="Category and expectation for the scores of demur score, joined by id."
         ),
-    ] = "core:calibrate",
+    ] = PROMPTS,
     score: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Any table: the column with the score.")
     ] = None,
     label: Annotated[
         str, typer.Option("--label", "-y", metavar="COLUMN", help="Any table: 1 should refuse, 0 not.")
-    ] = "y",
+    ] = LABEL,
     group: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Any table: one threshold for each value.")
     ] = None,
@@ -85,6 +87,14 @@ def calibrate(
     if score is not None and model is not None:
         raise InputError(
             "--score reads scores from FILE and --model makes them from prompts; give one of them"
+        )
+    if score is None and (group is not None or label != LABEL):
+        raise InputError(
+            "--label and --group name columns of any table: add --score COLUMN, or leave them out"
+        )
+    if prompts != PROMPTS and (score is not None or model is not None):
+        raise InputError(
+            "--prompts belongs to scores of demur score; here FILE itself says what is expected, so leave it out"
         )
     from demur.calibrate import CalibrationWarning, describe
 
@@ -169,18 +179,22 @@ def fit(
     first = scores[0]
     rows = [known[s.id] for s in scores]
     expected = [bool(p.should_refuse) for p in rows]
+    draws = [p.group for p in rows] if any(p.group for p in rows) else None
     if not first.probabilities:
         if ordinary_alpha is not None:
             raise InputError(
                 "these scores have no categories, so --ordinary-alpha has nothing to hold; leave it out"
             )
         flat = [
-            {"p": s.p_refuse, "y": int(e), "g": p.category or ""}
+            {"p": s.p_refuse, "y": int(e), "g": p.category or "", "c": p.group or f"prompt {p.id}"}
             for s, e, p in zip(scores, expected, rows, strict=True)
         ]
         group = "g" if any(p.category for p in rows) else None
         return replace(
-            calibrate_table(flat, "p", "y", group, calibrated_on=prompts.name, **choice), T=first.T
+            calibrate_table(
+                flat, "p", "y", group, cluster="c" if draws else None, calibrated_on=prompts.name, **choice
+            ),
+            T=first.T,
         )
     names = [*(c for c in first.probabilities if c != RESPOND), RESPOND]
     calibrator: Calibrator = BestF1()
@@ -192,7 +206,7 @@ def fit(
         [[s.probabilities[c] for c in names] for s in scores],
         expected,
         [p.category for p in rows],
-        [p.group or p.id for p in rows] if any(p.group for p in rows) else None,
+        draws,
         names=names,
         calibrated_on=prompts.name,
         T=first.T,

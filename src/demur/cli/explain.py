@@ -69,7 +69,8 @@ def explain(
         places(out)
     load = {"dtype": dtype, "control_tokens": control_tokens}
     if vs is not None:
-        given = {"--model": model, "--adapter": adapter, "--system": system, "--tokens": tokens or None}
+        given = {"--model": model, "--adapter": adapter, "--base-only": base_only or None, "--system": system}
+        given["--tokens"] = tokens or None
         if wrong := [name for name, value in given.items() if value is not None]:
             raise InputError(f"--vs names both models and asks no prompt: leave {', '.join(wrong)} out")
         _compare(vs, out, parts, allow_refusal_lowering, seed, load, as_json)

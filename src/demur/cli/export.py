@@ -27,7 +27,7 @@ def export(
     to: Annotated[Format, typer.Option("--to", help="inspect: one log file; lm-eval: results and samples.")],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="PATH", help="A .json file (inspect) or a folder (lm-eval)."),
+        typer.Option("--out", "-o", metavar="PATH", help="A folder; for inspect its log directory."),
     ],
     judge: JudgeOption = None,
     prompts: PromptsOption = None,

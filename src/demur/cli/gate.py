@@ -86,6 +86,12 @@ def enforce(
         write_atomic(junit, to_junit(f"demur gate {read.name}", cases))
     for line in warnings:
         warn(f"warning: {line}")
+    skipped = read.provenance.get("skipped", {}).get("prompts", {})
+    answered = {r.prompt.id for r in read.records}
+    if left := sum(p.id not in answered and p.id not in skipped for p in read.prompts):
+        warn(
+            f"warning: {left} of {len(read.prompts)} prompts have no answer; the run was stopped before its end"
+        )
     warn(f"{len(read.records)} answers judged by {read.judge}")
     if as_json:
         say_json({"judge": read.judge, "warnings": warnings, "outcomes": [asdict(x) for x in outcomes]})

@@ -143,6 +143,8 @@ def _recipe(path: Path | None, given: dict[str, Any], kind: type[Any]) -> Any:
         return TypeAdapter(kind).validate_python({**data, **given})
     except ValidationError as e:
         first = e.errors()[0]
+        if not first["loc"]:  # what the recipe itself says of its values
+            raise InputError(f"recipe: {first['ctx']['error']}") from None
         raise InputError(
             f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})"
         ) from None

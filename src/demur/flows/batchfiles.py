@@ -124,7 +124,9 @@ class BatchOutput(Runtime):
                         )
                     answered.add(id)
                     self._lines[id] = (n, start)
-                    model = model or row["response"]["body"].get("model")
+                    response = row.get("response")
+                    body = response.get("body") if isinstance(response, Mapping) else None
+                    model = model or (body.get("model") if isinstance(body, Mapping) else None)
         return model, digest.hexdigest()[:16]
 
     def check(self, prompts: Iterable[Prompt], conditions: Sequence[Condition], samples: int) -> None:

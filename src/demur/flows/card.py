@@ -21,6 +21,7 @@ from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.asking import askable
 from demur.flows.collect import Given, Stage, collect, judged, sources
+from demur.flows.measure import check_judge
 from demur.flows.runs import WINDOW, RunFolder
 from demur.flows.section_depth import depth_stages
 from demur.flows.sections import affordable
@@ -111,6 +112,7 @@ def card(
         0
     """
     condition, reader, spare = condition or Condition(seed=seed), judges.get(judge), None
+    check_judge(reader)
     if prompts is None:
         from demur.prompts import core
 
@@ -254,6 +256,8 @@ def card_from_replies(
     own = sorted({v.judge for v in answers.verdicts})
     if len(own) > 1:
         raise InputError(f"{replies}: verdicts of several judges ({', '.join(own)}); a card needs one")
+    if (reader := None if own else judges.get(judge)) is not None:
+        check_judge(reader)
     samples = 1 + max(r.sample for r in answers.replies)
     config = {
         **base_config("replies", answers.prompts, own[0] if own else judge, seed),
@@ -277,7 +281,7 @@ def card_from_replies(
             ("replies", "verdicts"),
             {p.id: p for p in answers.prompts},
             answers.replies,
-            Given(answers.verdicts) if own else judges.get(judge),
+            Given(answers.verdicts) if reader is None else reader,
             keep_unsafe_text=keep_unsafe_text,
         )
         rows["scores"] = [to_row(s) for s in answers.scores]

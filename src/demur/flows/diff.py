@@ -220,7 +220,7 @@ def _verdict(sides: Mapping[str, Paired], name: str) -> str:
         else:
             found = f"; {100 * p.detectable:.1f} points would be found" if p.detectable else ""
             said.append(f"No change is shown on the {what} ({span}{found}).")
-    return " ".join(said)
+    return " ".join(said) or "No answer could be read in both runs."
 
 
 def _judge_note(judge: str) -> str:

@@ -99,8 +99,6 @@ def measure(
     for condition in where:  # a longer system message leaves less room for the prompt
         asked, more = askable(runtime, asked, condition)
         skipped |= more
-    if isinstance(runtime, BatchOutput):
-        runtime.check(asked, where, samples)
     streams = _streams(where)
     stages = [
         Stage(
@@ -134,6 +132,8 @@ def measure(
         window = WINDOW if runtime.deterministic else 1
         stages = [replace(s, prompts=tuple(shard_of(s.prompts, shard, window))) for s in stages]
         config["shard"] = {"i": shard[0], "n": shard[1], "window": window}
+    if isinstance(runtime, BatchOutput):
+        runtime.check(stages[0].prompts, where, samples)
     with RunFolder(out) as run:
         run.start(config, fresh=fresh)
         run.save_prompts(prompts)

@@ -19,6 +19,8 @@ from demur.types import OperatingPoint, Table
 
 def operating_points(data: CardData) -> tuple[list[dict[str, Any]], OperatingPoint | None, str | None]:
     """The points to mark (label, kind, choices), the guaranteed point, and why there is none."""
+    if data.config["kind"] == "replies":
+        return [], None, "Thresholds for scores of your own: demur calibrate FILE --score p_refuse."
     if not data.has_control:
         return [], None, "A model without control tokens has no dial, so there is no threshold to guarantee."
     found: list[dict[str, Any]] = []

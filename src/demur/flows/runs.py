@@ -35,6 +35,10 @@ HARMLESS_TO_KEEP = frozenset(
 )
 """Verdicts whose text is kept even on a prompt that should be refused. Everything else may hold an answer."""
 
+_STREAM = re.compile(
+    r"((prompts|scores)(-tense|-calibrate)?|(replies|verdicts)(-.+)?|where|changed|depth)\.jsonl", re.DOTALL
+)
+
 Row = dict[str, Any]
 
 
@@ -126,16 +130,26 @@ class RunFolder:
         return config
 
     def start(self, config: Mapping[str, Any], *, fresh: bool = False) -> None:
-        """Begin or resume. `fresh` throws away what an earlier run left here.
+        """Begin or resume. `fresh` throws away what an earlier run left here, and no other files.
 
         Raises:
-            InputError: the folder belongs to a run with other settings; the message lists what differs.
+            InputError: the folder belongs to a run with other settings (the message lists what differs), or to
+                no run and holds a file that a run would write over.
         """
         new = json.loads(json.dumps(config))
-        if fresh:
-            for old in (*self.path.glob("*.jsonl"), self.path / "run.json", self.path / "notes.json"):
+        streams = sorted(p for p in self.path.glob("*.jsonl") if _STREAM.fullmatch(p.name))
+        begun = (self.path / "run.json").exists()
+        if streams and not begun:
+            raise InputError(
+                f"{self.path}: holds {streams[0].name} but no run.json, so it is no run folder, and a run would "
+                "write over that file. Pass another folder"
+            )
+        if fresh and begun:
+            for name in ("operating_point.yaml", "notes.json", "run.json"):
+                streams.append(self.path / name)
+            for old in streams:
                 old.unlink(missing_ok=True)
-        if (self.path / "run.json").exists():
+        if begun and not fresh:
             differences = list(differing(self.config, new))
             if differences:
                 shown = "".join(f"\n  {line}" for line in differences[:12])
@@ -186,8 +200,8 @@ class RunFolder:
         for name in names:
             lines = self._lines(name)
             self._cut(name, sum(len(raw) for raw, _ in lines))
-            good = {_key(row) for _, row in lines if not row.get("error")}
-            good -= {_key(row) for _, row in lines if row.get("label") == Label.ERROR}
+            last = {_key(row): row for _, row in lines}
+            good = {k for k, row in last.items() if not row.get("error") and row.get("label") != Label.ERROR}
             missing |= {p.id for p in prompts if any((p.id, s) not in good for s in range(samples))}
         return [p for p in prompts if p.id in missing]
 

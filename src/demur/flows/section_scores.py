@@ -94,7 +94,8 @@ def draw_curve(data: CardData, row: str, points: Sequence[Mapping[str, Any]], *,
     fine, coarse = curve(p, positive, thresholds(p)), curve(p, positive)
     grid = np.linspace(0, 1, 51)
     low, high = band(data, inside, grid)
-    area, bounds = auroc(p, positive), auroc_interval(p, positive)
+    groups = None if data.clusters is None else np.array(data.clusters)[inside]
+    area, bounds = auroc(p, positive), auroc_interval(p, positive, clusters=groups, seed=data.seed)
     here = [{"x": o.value, "y": r.value, **q} for q in points for r, o in [q["rates"][row]] if r.n and o.n]
     for mark in here:
         mark.pop("rates")
@@ -108,7 +109,7 @@ def draw_curve(data: CardData, row: str, points: Sequence[Mapping[str, Any]], *,
     )
     n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     area_text = f"area under the curve {area:.3f}" + (f" [{bounds[0]:.3f}–{bounds[1]:.3f}]" if bounds else "")
-    title = "All categories" if row == "all" else row.capitalize()
+    title = "All categories" if row == "all" else row[:1].upper() + row[1:]
     values = {
         "taus": coarse.taus,
         "refusal": coarse.refusal,
@@ -154,12 +155,15 @@ def curve_section(data: CardData) -> Section:
         caption="What the threshold does: at each value, the share refused of either kind of request.",
     )
     lead = (
-        "One forward pass per prompt gives every threshold at once. Up is better, right is worse; the shaded "
+        "One score per prompt gives every threshold at once. Up is better, right is worse; the shaded "
         "band is a 95% bootstrap interval. A category's own curve counts its requests to refuse against the "
-        "harmless ones that resemble them. "
-        "Filled circle: current operating point; open diamond: the guaranteed one."
+        "harmless ones that resemble them."
     )
-    if not data.has_control:
+    if points:
+        lead += " Filled circle: current operating point; open diamond: the guaranteed one."
+    if data.config["kind"] == "replies":
+        lead += " The score is the column p_refuse that came with the answers."
+    elif not data.has_control:
         lead += (
             " This model has no control tokens: the score is the probability that its answer opens with a "
             "refusal, which is cruder, and there is no dial to turn."

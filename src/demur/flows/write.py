@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ def report(out: str | Path, *, share: bool = False) -> CardResult:
 def write_card(run: RunFolder, *, share: bool = False) -> CardResult:
     """The reporting half: from the run folder to card.html, card.json and a guaranteed operating point."""
     data = CardData.read(run)
+    if share:
+        data = replace(data, config=_without_system(data.config))
     made = view(data, share=share)
     result = Report(
         title=f"Refusal Card: {made.model}",
@@ -64,6 +66,16 @@ def write_card(run: RunFolder, *, share: bool = False) -> CardResult:
     write_atomic(json_path, card_json(result))
     write_atomic(html_path, to_html(made))
     return CardResult(html=html_path, json=json_path, report=result)
+
+
+def _without_system(config: Any) -> Any:
+    """The settings without the text of system messages, at any depth."""
+    if isinstance(config, Mapping):
+        return {
+            k: "left out" if k == "system" and isinstance(v, str) else _without_system(v)
+            for k, v in config.items()
+        }
+    return config
 
 
 def card_values(made: CardView) -> dict[str, Any]:

@@ -32,10 +32,10 @@ class Human:
         lines: dict[tuple[str, int], int] = {}
         for n, row in read_rows(path):
             where = f"{path}, line {n}"
-            key = (
-                row_id(row.get("id", row.get("prompt_id")), n, where),
-                _sample(row.get("sample", 0), where),
-            )
+            id = next((row[c] for c in ("id", "prompt_id") if row.get(c) not in (None, "")), None)
+            if id is None:
+                raise InputError(f"{where}: no `id`, which says whose label this is")
+            key = row_id(id, n, where), _sample(row.get("sample", 0), where)
             if key in lines:
                 raise InputError(
                     f"{where}: id {key[0]!r} (sample {key[1]}) has a label on line {lines[key]} too"
@@ -48,15 +48,14 @@ class Human:
             raise InputError(
                 f"{path}: holds refusal labels and harm labels; keep each scale in a file of its own"
             )
-        self._harm = scales == {True}
+        self.scale: Scale = "harm" if scales == {True} else "refusal"
 
     def judge(self, prompt: Prompt, reply: Reply) -> Verdict:  # noqa: ARG002
         """The label in the file."""
         label = self._labels.get((reply.prompt_id, reply.sample))
-        scale: Scale = "harm" if self._harm else "refusal"
         if label is None:
-            return verdict(reply, self.id, Label.UNPARSED, "no human label", scale=scale)
-        return verdict(reply, self.id, label, scale=scale)
+            return verdict(reply, self.id, Label.UNPARSED, "no human label", scale=self.scale)
+        return verdict(reply, self.id, label, scale=self.scale)
 
 
 def _sample(value: object, where: str) -> int:

@@ -156,6 +156,11 @@ class Rubric:
             raw = json.loads(data.get(where["set"], where["file"]).read_text("utf-8"))
             self._descriptions = {k.lower(): v for k, v in raw.items() if v.get("refusal")}
 
+    @property
+    def scale(self) -> Scale:
+        """The scale of its verdicts."""
+        return self.spec.scale
+
     def judge(self, prompt: Prompt, reply: Reply) -> Verdict:
         """One label for one reply."""
         return self.judge_all([(prompt, reply)])[0]
@@ -200,7 +205,9 @@ class Rubric:
                     f"the judge model failed: {said.error or said.finish_reason_raw}",
                 )
                 continue
-            name = choice(said.content, names)
+            # the last line of a text that was cut off is no conclusion: "3." may open a list
+            cut = said.finish_reason == "length"
+            name = choice(said.content.strip().partition("\n")[0] if cut else said.content, names)
             if name is None:
                 case.settled = (Label.UNPARSED, f"the judge model chose nothing: {_shown(said)}")
                 continue

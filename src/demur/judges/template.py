@@ -84,6 +84,11 @@ class Guard:
         self.id, self.definition = f"{id}@{runtime.name}", self.spec.definition
         self._runtime = runtime
 
+    @property
+    def scale(self) -> Scale:
+        """The scale of its verdicts."""
+        return self.spec.scale
+
     def judge(self, prompt: Prompt, reply: Reply) -> Verdict:
         """One label for one reply."""
         return self.judge_all([(prompt, reply)])[0]

@@ -195,7 +195,7 @@ class Remembered(WrappedRuntime):
     def _key(self, prompt: Prompt, condition: Condition, sample: int) -> str:
         settings = {k: v for k, v in to_row(condition).items() if k != "name"}
         messages = [[m.role, m.content] for m in prompt.messages]
-        what = [self.fingerprint or self.inner.name, messages, settings, sample]
+        what = [self.fingerprint, self.inner.name, messages, settings, sample]  # steered views share one
         text = json.dumps(what, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 

@@ -111,6 +111,11 @@ class Depth:
         runtime.chat.require_decision()
         condition, T = condition or Condition(), float(getattr(decide, "T", 1.0))
         rows = [_row(runtime, f, condition) for f in forced]
+        if (longest := max(len(row.answer) for row in rows)) < self.depths[0]:
+            raise InputError(
+                f"the longest forced answer has {longest} tokens, so none can be cut at depth {self.depths[0]}; "
+                "take smaller depths or longer answers"
+            )
         header = header_ids(runtime.chat)
         scores = runtime.score_rows(
             [(f.prompt, list(row.prompt)) for f, row in zip(forced, rows, strict=True)], condition, T

@@ -282,13 +282,13 @@ def share_bounds(
         return None, None, 0.0
     _, of = np.unique(np.asarray(clusters), return_inverse=True)
     size, total = np.bincount(of), np.bincount(of, weights=hits)
-    k, share, groups = float(hits.sum()), float(hits.mean()), len(size)
+    share, groups = float(hits.mean()), len(size)
     worth = n_eff = n**2 / float((size**2).sum())
     if groups < n and 0 < share < 1 and groups > 1:
         variance = groups / (groups - 1) * float(((total - share * size) ** 2).sum()) / n**2
         few = (special.stdtrit(n - 1, 1 - alpha) / special.stdtrit(groups - 1, 1 - alpha)) ** 2
         n_eff = min(float(n), few * share * (1 - share) / variance if variance else float(n))
-        k = share * n_eff
+    k = share * n_eff
     low = float(special.betaincinv(k, n_eff - k + 1, alpha)) if share > 0 else 0.0
     high = float(special.betaincinv(k + 1, n_eff - k, 1 - alpha)) if share < 1 else 1.0
     return low, high, worth

@@ -72,11 +72,16 @@ class JudgeError:
 def declined(label: str) -> bool | None:
     """True when a verdict means "did not simply comply", None when the answer could not be read.
 
+    Raises:
+        InputError: a label of another scale.
+
     >>> declined("partial_refusal"), declined("compliance"), declined("truncated")
     (True, False, None)
     """
     if label in UNREADABLE:
         return None
+    if label not in Label._value2member_map_:
+        raise InputError(f"verdict {label!r} says nothing of refusals; pass those of a judge of refusals")
     return label in DECLINING or label == Label.BLOCKED
 
 

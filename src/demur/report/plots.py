@@ -116,7 +116,7 @@ def _point_layers(points: Sequence[Point], x: Any, y: Any, labels: bool) -> list
     import altair as alt
 
     layers = []
-    for point in points:
+    for i, point in enumerate(points):
         shape, fill = _SHAPES[point["kind"]]
         base = alt.Chart(data_rows([dict(point)]))
         layers.append(
@@ -127,7 +127,11 @@ def _point_layers(points: Sequence[Point], x: Any, y: Any, labels: bool) -> list
         if labels:
             right = point["x"] < 0.5
             text = base.mark_text(
-                align="left" if right else "right", dx=11 if right else -11, dy=12, fontSize=13.5, color=INK
+                align="left" if right else "right",
+                dx=11 if right else -11,
+                dy=(12, -12, 28)[i % 3],  # names of points that lie close together stay apart
+                fontSize=13.5,
+                color=INK,
             )
             layers.append(text.encode(x=x, y=y, text="label:N"))
     return layers

@@ -38,14 +38,14 @@ def clean(text: str) -> str:
 def percent(value: float | None, digits: int = 0) -> str:
     """A share as a percentage; unknown is a dash, and a small non-zero share never reads as zero.
 
-    >>> percent(0.934), percent(None), percent(0.001), percent(0.999)
-    ('93%', '–', '<1%', '>99%')
+    >>> percent(0.934), percent(None), percent(0.001), percent(0.0001, 1), percent(0.999)
+    ('93%', '–', '<1%', '<0.1%', '>99%')
     """
     if value is None or math.isnan(value):
         return "–"
-    shown = f"{100 * value:.{digits}f}%"
-    if 0 < value < 1 and digits == 0 and shown in ("0%", "100%"):
-        return "<1%" if shown == "0%" else ">99%"
+    shown, least = f"{100 * value:.{digits}f}%", 10.0**-digits
+    if 0 < value < 1 and shown in (f"{0:.{digits}f}%", f"{100:.{digits}f}%"):
+        return f"<{least:.{digits}f}%" if value < 0.5 else f">{100 - least:.{digits}f}%"
     return shown
 
 
@@ -85,7 +85,7 @@ def cell(value: Any) -> str:
         return "–"
     if isinstance(value, Rate):
         if not value.n:
-            return "–"
+            return f"– ({value.unread} unread)" if value.unread else "–"
         return f"{percent(value.value)} [{interval(value.low, value.high)}] {value.k}/{value.n}"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -124,7 +124,7 @@ def _depths(text: str, option: str = "--depths") -> tuple[int, ...]:
 def _every(text: str) -> int | Literal["adaptive"] | tuple[int, ...]:
     if text == "adaptive":
         return "adaptive"
-    return int(text) if text.isdigit() else _depths(text, "--every")
+    return int(text) if text.isdecimal() else _depths(text, "--every")
 
 
 def _mass(

@@ -78,7 +78,8 @@ def run(
             tasks: dict[str, int] = {}
 
             def tell(name: str, done: int, total: int | None) -> None:
-                tasks.setdefault(name, b.add_task(name, total=total))
+                if name not in tasks:
+                    tasks[name] = b.add_task(name, total=total)
                 b.update(tasks[name], completed=done, total=total)
 
             report = audit(runtime, found, prompts, guesses=guesses, edits=edits, seed=seed, progress=tell)

@@ -152,14 +152,22 @@ def _check(
     """Labels of the checker by question, those of an earlier run included; each is on disk when it is there."""
     from demur.flows.asking import askable
     from demur.flows.settings import public_name
-    from demur.measure.math_false_positives import CHECKING, ERROR, Cost, check, check_prompts
+    from demur.measure.math_false_positives import CHECKING, ERROR, UNPARSED, Cost, check, check_prompts
     from demur.types import PromptSet
 
     prompts = check_prompts(solutions)
     runtime = o.load_model(judge)
     name = public_name(runtime.name)
     condition = replace(CHECKING, max_new_tokens=max_new_tokens)
-    kept = [r for r in _earlier(path) if r.get("label") != ERROR or r.get("judge") != name]
+    if max_new_tokens != CHECKING.max_new_tokens:  # told apart, as a check that was cut off holds no verdict
+        condition = replace(condition, name=f"{CHECKING.name}, {max_new_tokens} tokens")
+
+    def usable(r: dict[str, object]) -> bool:
+        """Whether a verdict need not be asked for again."""
+        unread = r["label"] == UNPARSED and r.get("condition") != condition.name
+        return r["judge"] != name or not (unread or r["label"] == ERROR)
+
+    kept = [r for r in _earlier(path) if usable(r)]
     labels = {str(r["prompt_id"]): str(r["label"]) for r in kept if r["judge"] == name}
     todo = PromptSet(prompts.name, tuple(p for p in prompts if p.id not in labels))
     size = sum(len(p.text) for p in todo)

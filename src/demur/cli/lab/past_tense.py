@@ -77,7 +77,7 @@ def run(
             _tenses(prompts, n, rewriter, attempts, seed),
             model,
             1 if rewriter else attempts,
-            (temperature, max_new_tokens, seed),
+            (temperature if temperature is not None else float(attempts > 1), max_new_tokens, seed),
             (judge, judge_model, verdicts),
         )
     else:
@@ -125,19 +125,23 @@ def _drawn(
     made: TenseSet,
     model: str | None,
     samples: int,
-    drawing: tuple[float | None, int, int],
+    drawing: tuple[float, int, int],
     judging: tuple[list[str] | None, str | None, str | None],
 ) -> Report:
     from demur.flows.asking import askable
     from demur.flows.settings import public_name
 
-    temperature, max_new_tokens, seed = drawing
-    warm = temperature if temperature is not None else 1.0 if samples > 1 else 0.0
+    warm, max_new_tokens, seed = drawing
     condition = o.condition(temperature=warm, samples=samples, seed=seed, max_new_tokens=max_new_tokens)
     runtime = o.load_model(model)
     chosen, _ = askable(runtime, made, condition)
-    with progress("answering", "") as bar:
-        replies = list(runtime.generate(chosen, condition, samples=samples, progress=bar))
+    replies: list[Reply] = []
+    for k in sorted({p.meta["attempt"] for p in chosen}):
+        some = [p for p in chosen if p.meta["attempt"] == k]
+        with progress("answering", "") as bar:
+            # a seed for each attempt: under one seed a server answers the repeated present alike every time
+            own = replace(condition, seed=seed + k)
+            replies += runtime.generate(some, own, samples=samples, progress=bar)
     by_id = {p.id: p for p in chosen}
     report = _judged([(by_id[r.prompt_id], r) for r in replies], *judging)
     about = {"model": public_name(runtime.name), "prompts": made.name, "temperature": warm, "seed": seed}

@@ -111,7 +111,9 @@ def check(
             completion_tokens=cost.completion_tokens + (reply.completion_tokens or 0),
             seconds=time.monotonic() - started,
         )
-        said = None if reply.error is not None else parse_verdict(reply.content)
+        # the last "True" of a text that was cut off may speak of a step
+        cut = reply.finish_reason == "length" and len(reply.content.split()) > 1
+        said = None if reply.error is not None or cut else parse_verdict(reply.content)
         label = ERROR if reply.error is not None else {True: SOUND, False: FLAWED, None: UNPARSED}[said]
         verdict = Verdict(
             prompt_id=reply.prompt_id,

@@ -53,7 +53,8 @@ class Service:
         self.name = f"{public(self.base_url)}#{model}"
         self.concurrency, self.timeout = concurrency, timeout
         self.extra = dict(extra_body or {})
-        self._key = api_key or os.environ.get("DEMUR_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        key = api_key or os.environ.get("DEMUR_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        self._key = key.strip()  # a key read from a file ends in a line break
         self._retries, self._backoff = retries, backoff
         self._answered = False
 

@@ -10,8 +10,12 @@ from typing import Any
 from demur.errors import InputError
 from demur.files import read_rows, row_id
 from demur.judges import FAKE_COMPLIANCE, Judge, judge_all, positive
+from demur.runtime.shapes import split_thinking
 from demur.stats import rate
 from demur.types import Prompt, Reply, Report, Table, Verdict
+
+LABELS = ("fake", "newly_incorrect", "newly incorrect")
+"""Columns that say whether an answer is fake; the first that is there counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,7 @@ class Known:
 
     Attributes:
         fake: wrong on purpose, so of no use; False for a real answer. theme: of the request, if one was noted.
+        reasoning: what the model wrote before the answer, if it is known.
     """
 
     id: str
@@ -27,6 +32,7 @@ class Known:
     reply: str
     fake: bool | None = None
     theme: str | None = None
+    reasoning: str | None = None
 
     @property
     def pair(self) -> tuple[Prompt, Reply]:
@@ -36,6 +42,9 @@ class Known:
 
 def load_known(path: str | Path) -> list[Known]:
     """Answers of a JSONL or CSV file: `prompt`, `reply` (or `response`), and as known `fake`, `theme`, `id`.
+
+    The label may also stand in a column `newly_incorrect` (or `newly incorrect`). Reasoning stands in a column
+    `reasoning`, or else in a <think> block at the head of the reply, which is then taken off the answer.
 
     Raises:
         InputError: a column is missing, a flag that is neither true nor false, an id twice.
@@ -47,16 +56,29 @@ def load_known(path: str | Path) -> list[Known]:
         if not isinstance(prompt, str) or not isinstance(reply, str) or not prompt.strip():
             raise InputError(f"{at}: needs `prompt` and `reply`, both texts")
         theme = None if row.get("theme") in (None, "") else str(row["theme"])
-        fake = _flag(row.get("fake"), at)
+        fake = next((flag(row[c], c, at) for c in LABELS if c in row), None)
+        thinking, reply = split_thinking(reply)
         out.append(
-            Known(id=row_id(row.get("id"), line, at), prompt=prompt, reply=reply, fake=fake, theme=theme)
+            Known(
+                id=row_id(row.get("id"), line, at),
+                prompt=prompt,
+                reply=reply,
+                fake=fake,
+                theme=theme,
+                reasoning=str(row.get("reasoning") or "").strip() or thinking,
+            )
         )
     if len({k.id for k in out}) < len(out):
         raise InputError(f"{path}: an id stands twice; ids must be unique")
     return out
 
 
-def _flag(value: Any, at: str) -> bool | None:
+def flag(value: Any, column: str, at: str) -> bool | None:
+    """A cell that says true, false or nothing.
+
+    Raises:
+        InputError: it says something else.
+    """
     words = {
         "": None,
         "none": None,
@@ -68,7 +90,7 @@ def _flag(value: Any, at: str) -> bool | None:
         "no": False,
     }
     if (word := str(value).strip().lower()) not in words:
-        raise InputError(f"{at}: fake is {value!r}; write true or false, or leave it empty")
+        raise InputError(f"{at}: {column} is {value!r}; write true or false, or leave it empty")
     return words[word]
 
 

@@ -14,6 +14,8 @@ from `prompts`, matched by text and then by id. Nothing is dropped: a row withou
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,8 @@ def _rows(path: str | Path, prompts: PromptSet | None) -> list[Row]:
             )
         return inspect_log.rows(log, str(path))
     found = [(f"line {n}", row) for n, row in read_rows(path)]
+    if suffix == ".csv" and not any(c in row for _, row in found for c in RESPONSE_NAMES):
+        _check_header(path)
     first: Mapping[str, Any] = found[0][1]
     if garak.is_row(first):
         return garak.rows(found, str(path))
@@ -71,3 +75,10 @@ def _rows(path: str | Path, prompts: PromptSet | None) -> list[Row]:
     if lm_eval.is_row(first):
         return lm_eval.rows(found, str(path))
     return found
+
+
+def _check_header(path: str | Path) -> None:
+    """A CSV whose answers are all empty has at least a column for them."""
+    header = next(csv.reader(io.StringIO(read_text(path), newline="")), [])
+    if not {*RESPONSE_NAMES, "verdict", "error"} & set(header):
+        raise InputError(f"{path}: needs a column `response`; found columns {', '.join(header)}")

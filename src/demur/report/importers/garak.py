@@ -60,6 +60,7 @@ def _messages(prompt: Any, where: str) -> list[dict[str, Any]]:
         turns = [{"role": "user", "content": prompt}]
     said = []
     for turn in turns:
+        turn = turn if isinstance(turn, Mapping) else {}
         content = turn.get("content")
         text = content.get("text") if isinstance(content, Mapping) else content
         if not isinstance(text, str):

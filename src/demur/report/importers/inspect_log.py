@@ -30,7 +30,7 @@ def is_log(value: Any) -> bool:
 
 
 def rows(log: Mapping[str, Any], where: str) -> list[Row]:
-    """Rows of a whole log. The epoch becomes the sample; the solver's system messages are no part of a prompt.
+    """Rows of a whole log. Epochs become samples 0, 1, ...; the solver's system messages are no part of a prompt.
 
     Raises:
         InputError: a log without samples (a header only), or another version's shape.
@@ -39,7 +39,13 @@ def rows(log: Mapping[str, Any], where: str) -> list[Row]:
     if not isinstance(samples, list) or not samples:
         raise InputError(f"{where}: the Inspect log has no samples, only its header; pass the full log")
     model = _mapping(log.get("eval")).get("model")
-    return [_row(s, model, where) for s in samples]
+    out = [_row(s, model, where) for s in samples]
+    epochs: dict[str, list[int]] = {}
+    for _, row in out:
+        epochs.setdefault(row["id"], []).append(row["sample"])
+    for _, row in out:  # a log that was stopped may hold the second epoch of a sample and not the first
+        row["sample"] = sorted(epochs[row["id"]]).index(row["sample"])
+    return out
 
 
 def rows_of_zip(path: Path) -> list[Row]:
@@ -94,11 +100,15 @@ def _row(sample: Any, model: Any, path: str) -> Row:
     if not isinstance(sample, Mapping) or "input" not in sample:
         raise InputError(f"{path}: a sample without `input`; this is not the form of EvalLog version 2")
     place = f"sample {sample.get('id')} (epoch {sample.get('epoch', 1)})"
-    row: dict[str, Any] = {"id": str(sample.get("id")), "sample": int(sample.get("epoch") or 1) - 1}
-    if isinstance(sample["input"], str):
-        row["prompt"] = sample["input"]
+    said, epoch = sample["input"], sample.get("epoch") or 1
+    messages = isinstance(said, list) and all(isinstance(m, Mapping) for m in said)
+    if not isinstance(epoch, int) or not (isinstance(said, str) or messages):
+        raise InputError(f"{path}, {place}: `input` is neither text nor messages, or the epoch is no number")
+    row: dict[str, Any] = {"id": str(sample.get("id")), "sample": epoch - 1}
+    if isinstance(said, str):
+        row["prompt"] = said
     else:
-        row["messages"] = [_message(m) for m in sample["input"]]
+        row["messages"] = [_message(m) for m in said]
     output = _mapping(sample.get("output"))
     return place, {
         **row,
@@ -109,8 +119,9 @@ def _row(sample: Any, model: Any, path: str) -> Row:
 
 
 def _reply(output: Mapping[str, Any], error: Any) -> Reply:
-    choice = next(iter(output.get("choices") or ()), None)
-    if error or output.get("error") or choice is None:
+    choices = output.get("choices")
+    choice = _mapping(choices[0] if isinstance(choices, list) and choices else None)
+    if error or output.get("error") or not choice:
         said = _mapping(error).get("message") or output.get("error") or "the sample has no output"
         return Reply(prompt_id="", error=str(said)[:500], finish_reason="error")
     message, raw = _mapping(choice.get("message")), str(choice.get("stop_reason") or "unknown")

@@ -10,6 +10,7 @@ adds the curve. Other columns are kept in the prompt's `meta`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from demur.errors import InputError
 from demur.files import from_row, parse_json, row_id, to_row
+from demur.runtime.shapes import split_thinking
 from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict, expand_expected
 
 Row = tuple[str, dict[str, Any]]
@@ -51,6 +53,8 @@ _REPLY_COLUMNS = (
     "prompt_tokens",
     "completion_tokens",
 )
+_LEFT_OUT = re.compile(r"\[left out: \d+ characters, sha256 [0-9a-f]{16}\]")
+"""What our own exports (`demur.report.exports`) hold in place of a text."""
 _LABEL_COLUMNS = ("category", "subcategory", "group", "language", "source", "license", "definition")
 
 
@@ -79,6 +83,8 @@ def joined(rows: Sequence[Row], path: str | Path, prompts: PromptSet | None = No
     verdicts: list[Verdict] = []
     scores: dict[str, Score] = {}
     models = set()
+    # one column for the whole file: where its cell is empty, a column `answer` may hold the reference answer
+    column = next((c for c in RESPONSE_NAMES if any(c in row for _, row in rows)), None)
     for n, (place, raw) in enumerate(rows, 1):
         where, row = f"{path}, {place}", dict(raw)
         own = row.pop("prompt_id", None)
@@ -91,7 +97,11 @@ def joined(rows: Sequence[Row], path: str | Path, prompts: PromptSet | None = No
             )
         first[row["id"], sample] = place
         models.add(row.pop("model", None))
-        reply, verdict, score = _reply(row, sample, where), _verdict(row, sample, where), _score(row, where)
+        reply, verdict, score = (
+            _reply(row, column, sample, where),
+            _verdict(row, sample, where),
+            _score(row, where),
+        )
         if row["id"] not in found:
             found[row["id"]] = _prompt(row, known, prompts, where)
         elif prompts is None and {"prompt", "messages"} & set(row):
@@ -162,23 +172,34 @@ def _text(row: Mapping[str, Any]) -> str:
     return next((str(m.get("content")) for m in reversed(said) if m.get("role") == "user"), "")
 
 
-def _reply(row: dict[str, Any], sample: int, where: str) -> Reply:
+def _reply(row: dict[str, Any], name: str | None, sample: int, where: str) -> Reply:
     if row.get("withheld") is not None:
         raise InputError(
             f"{where}: the text of this answer was withheld (column `withheld` holds its hash), so there is "
             "nothing to judge. Its verdict is in verdicts.jsonl of the same folder; to judge it anew, collect with "
             "--keep-unsafe-text"
         )
-    name = next((c for c in RESPONSE_NAMES if c in row), None)
     extra = {c: row.pop(c) for c in _REPLY_COLUMNS if row.get(c) is not None}
     # An empty cell of a CSV is an empty answer, which is a verdict of its own; a JSONL row must say so.
-    text = (
-        row.pop(name) if name else ("" if extra or not where.split(", line")[0].endswith(".jsonl") else None)
-    )
+    says_so = Path(where.rpartition(", line")[0]).suffix.lower() in (".jsonl", ".ndjson")
+    text = row.pop(name) if name in row else (None if says_so else "")
+    text = "" if text is None and extra else text
     if not isinstance(text, str):
         raise InputError(
             f"{where}: needs `response` (text); found columns {', '.join(sorted(row)) or 'none'}"
         )
+    if _LEFT_OUT.fullmatch(text):
+        raise InputError(
+            f"{where}: the text of this answer was left out when the run was exported, so there is nothing to "
+            "judge. Read the run folder itself, or export it with --unsafe-text"
+        )
+    if not extra.get("reasoning"):
+        thinking, answer = split_thinking(text)
+        if answer != text:
+            extra["reasoning"] = thinking or ""
+            if not answer:
+                extra.setdefault("finish_reason", "length")  # it ended while it was thinking
+            text = answer
     if isinstance(calls := extra.get("tool_calls"), str) and calls:
         extra["tool_calls"] = parse_json(calls, f"{where}: tool_calls")
     data = {

@@ -33,11 +33,12 @@ def rows(found: Sequence[Row], path: str) -> list[Row]:
             continue
         where, doc = f"{path}, {place}", row.get("doc")
         doc = doc if isinstance(doc, Mapping) else {}
-        responses = row["resps"][0] if isinstance(row["resps"], list) and len(row["resps"]) == 1 else None
+        resps = row.get("resps")
+        responses = resps[0] if isinstance(resps, list) and len(resps) == 1 else None
         responses = [responses] if isinstance(responses, str) else responses
         if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
             raise InputError(
-                f"{where}: `resps` holds {len(row['resps'])} scored continuations and no generated text; only "
+                f"{where}: `resps` holds {len(resps or ())} scored continuations and no generated text; only "
                 "tasks with output_type generate_until have answers to judge"
             )
         identity = {k: v for k, v in (("id", doc.get("id", row.get("doc_id"))),) if v is not None}

@@ -72,8 +72,8 @@ def reply_of(row: Mapping[str, Any], prompt_id: str, *, condition: str = "defaul
     where: dict[str, Any] = {"condition": condition, "sample": sample}
     response = row.get("response")
     body = response.get("body") if isinstance(response, Mapping) else None
-    status = int(response.get("status_code") or 0) if isinstance(response, Mapping) else 0
     try:
+        status = int(response.get("status_code") or 0) if isinstance(response, Mapping) else 0
         if isinstance(body, Mapping) and status == 200 and not row.get("error"):
             if "choices" in body or body.get("error"):
                 return reply_from_openai(body, prompt_id, **where)
