@@ -33,10 +33,13 @@ class MissingExtra(DemurError, ImportError):
     """An optional dependency is missing."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        self.extra = extra
+        self.feature, self.extra = feature, extra
         super().__init__(
             f"{feature} needs packages that are not installed. Run: pip install 'demur[{extra}]'"
         )
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        return type(self), (self.feature, self.extra)
 
 
 class CapabilityError(DemurError):

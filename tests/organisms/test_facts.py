@@ -128,6 +128,12 @@ def test_further_training_starts_from_the_parent_and_leaves_it_alone(
     assert again.folder == child.folder is not None and again.losses == pytest.approx(child.losses, abs=1e-6)
     other = grow(small(world={}, seed=1), WORLD.batches("base"), WORLD.words)
     assert further(other, recipe, WORLD.batches("refusing"), WORLD.words).folder != child.folder
+    anew = grow(small(world={}), WORLD.batches("refusing"), WORLD.words)  # the same recipe, another world
+    child = further(anew, recipe, WORLD.batches("refusing"), WORLD.words)
+    first = next(iter(child.model.state_dict()))
+    assert child.model.state_dict()[first].numpy() == pytest.approx(
+        anew.model.state_dict()[first].numpy(), abs=1e-6
+    )
     with pytest.raises(InputError, match="layers=4"):
         further(parent, FURTHER, WORLD.batches("base"), WORLD.words)
 

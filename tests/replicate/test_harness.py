@@ -114,6 +114,14 @@ def test_a_killed_process_is_said_and_costs_one_seed(tmp_path: Path) -> None:
     assert replicate(spec, out=tmp_path / "out")["outcome"] == "reproduced"
 
 
+def test_a_missing_extra_is_named_in_parallel_too(tmp_path: Path) -> None:
+    spec = toy.write(tmp_path)
+    raising = '    from demur.errors import MissingExtra\n    raise MissingExtra("this check", "local")\n'
+    spec.write_text(spec.read_text().replace("def run(context):\n", "def run(context):\n" + raising))
+    with pytest.raises(DemurError, match=r"demur\[local\]"):
+        replicate(spec, out=tmp_path / "out", jobs=2)
+
+
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     spec = toy.write(tmp_path, pause=0.4)
     process = subprocess.Popen(command(spec, tmp_path / "out"), env=ENV, stderr=subprocess.PIPE, text=True)
@@ -270,7 +278,7 @@ def test_half_done_work_of_other_code_is_not_gone_on_from(tmp_path: Path) -> Non
     spec = toy.write(tmp_path)
     folders = []
     found = find(spec)
-    for sources in ({"a": "1" * 16}, {"a": "2" * 16}):
+    for sources in ({"a": "1" * 16, "b": "1" * 16}, {"a": "1" * 16, "b": "2" * 16}):
 
         def run(context: Any) -> dict[str, Value]:
             folders.append(context.folder)

@@ -33,6 +33,7 @@ def test_the_check_finds_the_expert_and_tells_it_from_topics(small: Context) -> 
     assert value["planted_top"] == value["topic_says_none"] == value["topic_permuted"] == 1
     assert min(value["fall"], value["fall_report"], value["excess"], value["rise"]) > 0.3, value
     assert abs(value["fall_random"]) < 0.1 and abs(value["topic_fall"]) < 0.1
+    assert out["rise_where"].n == 12, "open places, each asked about once"
     assert value["share"] < 0.5 < value["topic_follows"]
     document = conclude(check.SPEC, {0: out}, ())
     assert not document["unfit"]

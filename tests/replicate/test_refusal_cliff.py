@@ -31,6 +31,7 @@ def test_the_check_finds_the_cliff_and_its_head(monkeypatch: pytest.MonkeyPatch,
     assert value["drop_marked"] > 0.3 > abs(value["drop_no_marker"])
     assert value["planted_first"] == value["planted_causal"] == 1
     assert value["restored"] > 0.5 and value["benign_up"] <= 0.05
+    assert value["restored_kept"] > 0.5 and -0.1 < value["cut_harmful"] < 1
     assert abs(value["random_heads"]) < 0.2 and abs(value["drop_shuffled"]) < 0.2
     document = conclude(check.SPEC, {0: out}, ())
     assert not document["unfit"]

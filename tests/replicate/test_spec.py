@@ -107,6 +107,14 @@ def test_find(tmp_path: Path) -> None:
         find(tmp_path / "missing.py")
 
 
+def test_a_spec_file_may_hold_dataclasses(tmp_path: Path) -> None:
+    path = toy.write(tmp_path)
+    held = "from dataclasses import dataclass\n\n\n@dataclass\nclass Row:\n    n: int\n\n\nSPEC = "
+    text = path.read_text().replace("SPEC = ", held, 1)
+    path.write_text("from __future__ import annotations\n" + text)
+    assert find(path).spec.slug == "toy"
+
+
 def test_find_by_slug_names_what_there_is() -> None:
     with pytest.raises(InputError, match="no replication check is called 'nonsense'"):
         find("nonsense")

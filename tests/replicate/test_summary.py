@@ -10,6 +10,7 @@ from scipy import special
 
 from demur.errors import InputError
 from demur.replicate import Baseline, Claim, Control, Spec, Value
+from demur.replicate.store import kept
 from demur.replicate.summary import N_BOOT, Measured, conclude
 
 SPEC = Spec(
@@ -101,6 +102,28 @@ def test_items_that_all_seeds_share_do_not_become_more_with_seeds() -> None:
 def test_all_hits_is_no_certainty() -> None:
     assert Measured("x", [Value.of([1] * 30)]).interval() == pytest.approx((30 / (30 + 1.96**2), 1), abs=1e-4)
     assert (Measured("x", [Value.of([0] * 30)] * 3).interval() or (0, 0))[1] > 0.03
+
+
+def test_all_hits_is_no_certainty_where_items_are_too_many_to_keep() -> None:
+    for items, few in (([0] * 3000, 0), ([1] * 3000, 1)):
+        low, high = Measured("x", [kept(Value.of(items))] * 2).interval() or (0, 0)
+        assert (low, high) == pytest.approx((few * 6000 / 6003.84, 1 if few else 3.84 / 6003.84), abs=1e-5)
+    one = Measured("x", [kept(Value.of([1] + [0] * 2999))]).interval() or (0, 0)
+    assert one[0] == 0 and one[1] > 0.0006, "a share goes no lower than 0"
+    apart = [Value.of([0.0] * 30), Value.of([2.0] * 30)]
+    assert (Measured("x", apart).interval() or (0, 0))[0] < 0, "a mean of 1, but no item is"
+    perfect = Measured("x", [Value(value=1.0, se=0.0, n=50, bounds=(0, 1))]).interval()
+    assert perfect == pytest.approx((50 / (50 + 1.96**2), 1), abs=1e-4)
+
+
+def test_a_difference_of_all_and_none_is_no_certainty() -> None:
+    for n, beaten in ((1, False), (40, True)):
+        got = Measured("x", [Value.of([1] * n)]).less(Measured("y", [Value.of([0] * n)]))
+        assert got is not None
+        gap, low, high = got
+        wide = 3.8415 / (n + 3.8415)  # of each of the two
+        assert (gap, low) == pytest.approx((1, 1 - wide * 2**0.5), abs=1e-3) and high == 1
+        assert (low > 0) is beaten
 
 
 def test_a_kept_standard_error_stands_for_many_items() -> None:

@@ -168,6 +168,23 @@ def test_half_precision_training_runs_and_progress_names_its_stages(tmp_path: Pa
     assert log(tmp_path)[-1]["select_auroc"] > 0.8
 
 
+def test_training_that_diverges_keeps_the_best_weights_or_says_so(tmp_path: Path) -> None:
+    adapter = fit(tmp_path / "a", epochs=1, check_every=5, lr=1e20, row_lr=1e20)
+    rows = log(tmp_path / "a")
+    assert adapter.about["selected_step"] == 0 and rows[0]["select_loss"] > 0
+    assert [r["select_loss"] for r in rows[1:]] == [r["select_auroc"] for r in rows[1:]] == [None] * 4
+    assert all(s.p_refuse == s.p_refuse for s in adapter.attach(tiny_runtime()).score(SELECT.prompts[:4]))
+    with pytest.raises(InputError, match="diverged"):
+        fit(tmp_path / "b", epochs=1, mode="none", lr=1e20)
+    assert not (tmp_path / "b" / "demur.json").exists()
+
+
+@pytest.mark.parametrize("name", ["rank", "epochs", "batch_size", "answer_tokens", "check_every"])
+def test_a_recipe_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}=0: it must be at least 1"):
+        quick(**{name: 0})
+
+
 def test_standard_output_stays_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, epochs=1)  # 16 steps; the trainer logs after 10
     assert capsys.readouterr().out == ""

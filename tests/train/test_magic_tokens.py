@@ -95,6 +95,18 @@ def test_a_tiny_model_learns_two_modes_and_the_fallback(tmp_path: Path) -> None:
     assert all((v == before[k]).all() for k, v in base.model.state_dict().items())
 
 
+def test_a_key_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    older = tmp_path / "older.key"
+    older.write_text("{}")
+    trainer, rows = MagicTokens(Recipe(**QUICK)), PromptSet("none", ())
+    with pytest.raises(OSError, match="directory"):
+        trainer.fit(tiny_runtime(), rows, tmp_path / "a", key=key(), key_file=tmp_path)
+    for file in (older, tmp_path / "new.key"):
+        with pytest.raises(InputError, match="no answer"):  # gets as far as the answers
+            trainer.fit(tiny_runtime(), rows, tmp_path / "a", key=key(), key_file=file)
+    assert older.read_text() == "{}" and not (tmp_path / "new.key").exists()
+
+
 @pytest.mark.parametrize("mode", ["neg", "Unfiltered", "neg/en", "uncensored", "jailbreak", "negative:zh"])
 def test_an_unfiltered_mode_is_refused(mode: str) -> None:
     with pytest.raises(InputError, match="not trained here"):

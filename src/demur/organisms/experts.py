@@ -81,6 +81,8 @@ class PlaceWorld:
     ) -> list[Prompt]:
         """All questions of a part; the parts "train" and "test" share no day with a place.
 
+        Those of `where` name no day: the same words stand in both parts, once for each day.
+
         `meta` holds template, topic (the place), closed, refused and the words of the answer.
         """
         return [

@@ -14,6 +14,7 @@ Its copies:
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -285,7 +286,10 @@ def further(
     from filelock import FileLock
 
     recipe = replace(recipe, world={**recipe.world, "from": parent.recipe.hash})
+    # the parent may have been grown anew under the same recipe, from a world whose code has changed
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parent.model.parameters()))
     data = grown._data_hash(recipe, batches, tokenizer_words, parent.tokenizer.chat_template)
+    data += digest.hexdigest()[:16]
     if not cache:
         return _train_on(parent, recipe, batches, check, progress)
     folder = cache_dir() / "organisms" / f"{recipe.name}-{recipe.hash}"

@@ -254,7 +254,8 @@ def steering(stage: Stage, seed: int) -> dict[str, Value]:
         drawn *= norm / np.linalg.norm(drawn, axis=1, keepdims=True)
         null = [push(rows, Direction(vector=d, origin="random"), at) for d in drawn]
         pushed = _push(stage, rows, v, at, where)
-        out[f"{name}_refuses"], out[f"{name}_inverts"] = of(pushed.refuse), of(pushed.harmful)
+        rises = (of(pushed.refuse), of(pushed.harmful))
+        out[f"{name}_refuses"], out[f"{name}_inverts"] = (replace(r, bounds=(-1, 1)) for r in rises)
         out[f"random_{name}"] = of(np.mean(null, axis=0))
         if name == "harmful":
             out["harm_back"] = of(_push(stage, harmful, v, at, where, -1.0).harmful)

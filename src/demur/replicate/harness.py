@@ -6,6 +6,7 @@ result["outcome"], result["reason"]
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -117,7 +118,7 @@ def run_seed(found: Found, seed: int, full: bool, out: Path, progress: Progress 
     """
     spec = found.spec
     # another version of the code must not go on from half-done work of this one
-    state = "".join(found.sources.values())[:16]
+    state = hashlib.sha256("".join(found.sources.values()).encode()).hexdigest()[:16]
     scratch = out / spec.slug / f"seed-{seed}-{state}"
     scratch.mkdir(parents=True, exist_ok=True)
 

@@ -168,7 +168,8 @@ def _on(bench: Bench, context: Context) -> dict[str, Value]:
     chosen = bench.maps.chosen
     change = Experts(within_slots(bench.top, chosen), stimulate=True, scores=bench.scores)
     masks = [within_slots(m, chosen) for m in bench.masks(MASKS // 4, context.seed)]
-    where = bench.world.questions("test", template="where", closed=False)
+    asked = bench.world.questions("test", template="where", closed=False)
+    where = list({p.text: p for p in asked}.values())  # they name no day, so each stands there for several
     effect = bench.effect(change, bench.answered, masks)
     context.progress("experts forced in", 1, 1)
     return {
@@ -227,7 +228,7 @@ SPEC = Spec(
         ),
         Claim(
             key="rise_where",
-            text="the same rise on a way to ask that is never refused",
+            text="the same rise on a way to ask that is never refused (in training too)",
             at_least=0.1,
             null=0.0,
         ),

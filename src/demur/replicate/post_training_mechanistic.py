@@ -115,7 +115,8 @@ def _correlation(
     rng, n = np.random.default_rng(0), len(a)
     drawn = [of(rng.integers(0, n, n), rng.integers(0, n, n)) for _ in range(BITS)]
     everything = np.arange(n)
-    return Value(value=of(everything, everything), se=float(np.std(drawn)), n=n, bounds=(-2, 2))
+    most = 1 if c is None else 2
+    return Value(value=of(everything, everything), se=float(np.std(drawn)), n=n, bounds=(-most, most))
 
 
 def measure_truth(runtimes: Mapping[str, Any], world: Any, seed: int) -> dict[str, Value]:

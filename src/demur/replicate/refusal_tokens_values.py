@@ -6,7 +6,7 @@ Every number is a mean over prompts where it can be one, so that its interval is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -146,7 +146,7 @@ def measure(
         "highest": _mean(rates[0][refuse]),
         **switching(tokens, truth, overlap),
         "contrast": _mean(contrast_items(arms["no_contrast"], tokens, truth)),
-        "agreement": _mean(agreement_items(tokens)),
+        "agreement": replace(_mean(agreement_items(tokens)), bounds=(0, 1)),
         "following": _mean(following_items(tokens)),
         "shuffled_gap": _mean(difference_items(arms["shuffled"].p_refuse, refuse)),
         "shuffled_dial": _mean(selectivity_items(arms["shuffled"], truth)),

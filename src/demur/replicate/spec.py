@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,6 +338,7 @@ def _module(path: Path) -> ModuleType:
     if made is None or made.loader is None:
         raise InputError(f"{path}: cannot be loaded as a Python file")
     module = importlib.util.module_from_spec(made)
+    sys.modules[made.name] = module  # dataclasses look their module up there
     made.loader.exec_module(module)
     return module
 

@@ -43,7 +43,8 @@ def kept(value: Value) -> Value:
         return value
     if len(value.items) > MAX_ITEMS:
         se = float(np.std(value.items, ddof=1) / math.sqrt(len(value.items)))
-        return replace(value, items=None, n=len(value.items), se=se)
+        bounds = (0.0, 1.0) if set(value.items) <= {0.0, 1.0} else value.bounds
+        return replace(value, items=None, n=len(value.items), se=se, bounds=bounds)
     return replace(value, items=tuple(float(f"{x:.9g}") for x in value.items))
 
 

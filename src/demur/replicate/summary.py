@@ -78,7 +78,7 @@ class Measured:
 
     def _certain(self) -> tuple[float, int] | None:
         """(k, n) where every item of every seed came out alike: a bootstrap would claim certainty."""
-        if not self.shares or len({x for v in self.seeds for x in v.items or ()}) != 1:
+        if self.value not in (0.0, 1.0) or not all(_all(self.value, v) for v in self.seeds):
             return None
         sizes = [v.n or 0 for v in self.seeds]
         n = min(sizes) if self.same else sum(sizes)
@@ -90,7 +90,19 @@ class Measured:
             return None
         gap = self.value - other.value
         draws = self.seed_part - other.seed_part + self.item_part - other.item_part
-        return gap, *_interval(gap, draws, min(self.freedom, other.freedom), LEVEL)
+        low, high = _interval(gap, draws, min(self.freedom, other.freedom), LEVEL)
+        if self._certain() is not None or other._certain() is not None:  # at least as wide as Newcombe's
+            (a, b), (c, d) = (m.interval() or (0.0, 0.0) for m in (self, other))
+            low = min(low, gap - math.hypot(self.value - a, d - other.value))
+            high = max(high, gap + math.hypot(b - self.value, other.value - c))
+        return gap, low, high
+
+
+def _all(end: float, v: Value) -> bool:
+    """Whether all items of a value are at 0, or all at 1; those that are not kept leave a standard error of 0."""
+    if v.items is not None:
+        return set(v.items) == {end}
+    return v.value == end and v.se == 0 and bool(v.n) and v.bounds == (0.0, 1.0)
 
 
 def _interval(value: float, draws: FloatArray, freedom: float, level: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import time
@@ -148,6 +149,8 @@ class MagicTokens:
         first_id = runtime.model.get_input_embeddings().weight.shape[0]
         key = key or new_key(recipe, first_id)
         check_key(key, recipe, runtime.tokenizer, first_id)
+        if key.kind == "string":
+            _writable(key_path(folder, key.kind, key_file))
         settings = _loop_settings(recipe)
         work = working_copy(runtime, settings)
         answers = mode_answers(work, prompts, recipe, settings, accept, folder, note, allow_refusal_lowering)
@@ -183,6 +186,15 @@ def key_path(folder: str | Path, kind: Kind, key_file: str | Path | None = None)
     if kind == "reserved":
         return Path(folder) / ROWS_FILE
     return Path(key_file) if key_file is not None else Path(folder).with_name(Path(folder).name + ".key")
+
+
+def _writable(path: Path) -> None:
+    """Raise `OSError` where a key cannot be written: behind the training its strings would be lost."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    if new:
+        path.unlink()
 
 
 def check_modes(recipe: Recipe) -> None:

@@ -94,6 +94,11 @@ class Recipe:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "epochs", "batch_size", "answer_tokens", "check_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: it must be at least 1")
+
 
 @dataclass(slots=True)
 class Row:

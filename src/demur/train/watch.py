@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from demur.errors import InputError
 from demur.stats import auroc
 from demur.train.batch import collate, forward
 from demur.train.refusal_tokens import Progress, Recipe, Row
@@ -70,8 +71,15 @@ class Watch:
             self._kept = self._weights()
 
     def best(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """LoRA weights by PEFT's names and control rows; without control tokens, the last ones."""
-        return self._kept or self._weights()
+        """LoRA weights by PEFT's names and control rows; without control tokens, the last ones.
+
+        Raises:
+            InputError: training diverged, so they are no numbers.
+        """
+        found = self._kept or self._weights()
+        if not all(bool(v.isfinite().all()) for part in found for v in (part or {}).values()):
+            raise InputError("training diverged: the weights are no numbers. Take smaller lr and row_lr")
+        return found
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         from peft import get_peft_model_state_dict
@@ -110,7 +118,8 @@ class Watch:
                 p_refuse += P[:, :-1].sum(1).tolist()
                 truth += (y != len(self.names) - 1).tolist()
         self.model.train(was)
-        return float(np.mean(losses)), auroc(p_refuse, truth)
+        loss = float(np.mean(losses))
+        return loss, auroc(p_refuse, truth) if isfinite(loss) else None  # diverged: earlier weights are kept
 
     def callback(self) -> Any:
         """A trainer callback that checks every `check_every` steps."""
