@@ -31,6 +31,7 @@ from demur.types import (
     PromptSet,
     Reply,
     Score,
+    Threshold,
     Verdict,
     expand_expected,
 )
@@ -177,7 +178,7 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
     """
     data = dict(row)
     version = data.pop("schema_version", SCHEMA_VERSION)
-    if not str(version).isdigit():
+    if not str(version).isdecimal():
         raise InputError(
             f"{where}: schema_version {version!r} is no whole number; it is {SCHEMA_VERSION} now"
         )
@@ -188,12 +189,11 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
         )
     if cls is Prompt:
         data = _prompt_fields(data, where)
-    known = {f.name for f in dataclasses.fields(cls)}
-    extra = set(data) - known
-    if extra:
-        raise InputError(
-            f"{where}: unknown field {', '.join(sorted(extra))}; a {cls.__name__} has {', '.join(sorted(known))}"
-        )
+    _check_fields(cls, data, where)
+    if cls is OperatingPoint and isinstance(thresholds := data.get("thresholds"), dict):
+        for category, threshold in thresholds.items():
+            if isinstance(threshold, dict):
+                _check_fields(Threshold, threshold, f"{where}: thresholds.{category}")
     try:
         return _ADAPTERS[cls].validate_python(data)  # type: ignore[no-any-return]
     except ValidationError as e:
@@ -202,19 +202,28 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
         raise InputError(f"{where}: {at}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
 
 
+def _check_fields(cls: type[Any], data: Mapping[str, Any], where: str) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if extra := sorted(str(name) for name in data if name not in known):
+        raise InputError(
+            f"{where}: unknown field {', '.join(extra)}; a {cls.__name__} has {', '.join(sorted(known))}"
+        )
+
+
 def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
     text, system = data.pop("prompt", None), data.pop("system", None)
     if "messages" not in data:
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: needs `prompt` (text) or `messages` (list of role and content)")
-        data["messages"] = [
-            *([{"role": "system", "content": system}] if system else []),
-            {"role": "user", "content": text},
-        ]
+        data["messages"] = [{"role": "user", "content": text}]
     elif isinstance(data["messages"], str):
         data["messages"] = parse_json(data["messages"], f"{where}: `messages` (a list of role and content)")
     if not data["messages"]:
         raise InputError(f"{where}: `messages` is empty; it needs at least one message")
+    if system and isinstance(data["messages"], (list, tuple)):
+        if any(isinstance(m, dict) and m.get("role") == "system" for m in data["messages"]):
+            raise InputError(f"{where}: `system` beside a system message in `messages`; keep one of them")
+        data["messages"] = [{"role": "system", "content": system}, *data["messages"]]
     if "expected" in data:
         value = data["expected"]
         words = value.replace(";", " ").replace("|", " ").split() if isinstance(value, str) else value
@@ -226,11 +235,12 @@ def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
             data["expected"] = expand_expected(words)
         except (ValueError, TypeError) as e:
             raise InputError(f"{where}: {e}") from None
+    if isinstance(data.get("meta"), str):
+        data["meta"] = parse_json(data["meta"], f"{where}: meta")
     fields = {f.name for f in dataclasses.fields(Prompt)}
     extra = {k: data.pop(k) for k in list(data) if k not in fields}
     if extra:  # a user's own columns are kept, not lost and not guessed at
         meta = data.get("meta", {})
-        meta = parse_json(meta, f"{where}: meta") if isinstance(meta, str) else meta
         if not isinstance(meta, dict):
             raise InputError(f"{where}: meta is a {type(meta).__name__}; it must be an object")
         data["meta"] = {**meta, **extra}
@@ -291,12 +301,18 @@ def dump_jsonl(nouns: Iterable[Any], path: str | Path) -> None:
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
-    """Write a file so that readers see the old bytes or the new ones and nothing between."""
+    """Write a file so that readers see the old bytes or the new ones and nothing between.
+
+    A pipe or device (`/dev/stdout`) is written to as it is.
+    """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    if path.exists() and not path.is_file():  # a rename would put a file in its place
+        path.write_bytes(raw)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as f:

@@ -173,10 +173,12 @@ class PromptSet:
 
     @property
     def hash(self) -> str:
-        """sha256 (first 16 hex digits) over ids, messages, categories and expectations."""
+        """sha256 (first 16 hex digits) over ids, messages, images, categories and expectations."""
         h = hashlib.sha256()
         for p in self.prompts:
-            row = [p.id, [[m.role, m.content] for m in p.messages], p.category, sorted(p.expected)]
+            row: list[Any] = [p.id, [[m.role, m.content] for m in p.messages], p.category, sorted(p.expected)]
+            if p.images or any(m.tool_calls for m in p.messages):
+                row += [p.images, [m.tool_calls for m in p.messages]]
             h.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         return h.hexdigest()[:16]
 

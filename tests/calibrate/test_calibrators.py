@@ -122,12 +122,21 @@ def test_intervals_cluster_by_group():
     assert wide[1] - wide[0] > 1.7 * (tight[1] - tight[0])
 
 
+def test_prompts_without_group_are_draws_of_their_own():
+    P, expected, category = draw()
+    first = BestF1().fit(P, expected, category, [None] * len(P), names=NAMES).thresholds["safety"]
+    plain = BestF1().fit(P, expected, category, list(range(len(P))), names=NAMES).thresholds["safety"]
+    mixed = BestF1().fit(P, expected, category, [None, "x"] * (len(P) // 2), names=NAMES).thresholds["safety"]
+    assert first == plain and np.ptp(mixed.refusal_interval) > np.ptp(plain.refusal_interval)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"expected": [True, False]}, "expected must be 3 booleans"),
         ({"expected": [True, None, False]}, "unknown"),
-        ({"category": ["safety"] * 2}, "every row needs"),
+        ({"category": ["safety"] * 2}, "2 categories; every row needs"),
+        ({"group": ["x"] * 2}, "2 groups; every row needs"),
         ({"category": ["safety", "saftey", "safety"]}, "row 1: category 'saftey' of a benign"),
         ({"category": [None, "safety", "safety"]}, "row 0: category '' of a should-refuse"),
         ({"category": None}, "single refuse token"),

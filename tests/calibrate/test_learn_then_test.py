@@ -349,6 +349,34 @@ def test_ordinary_prompts_that_score_1_push_their_threshold_beyond_reach():
     assert point.thresholds[NAMES[0]].tau == 1.01
 
 
+def certain(a_benign, ordinary):
+    """Categories a and b refused at 1, 100 benign look-alikes each, 300 ordinary prompts."""
+    a, b, respond = np.eye(3)
+    P = [a] * 20 + [b] * 20 + [a_benign] * 100 + [b * 0.1 + respond * 0.9] * 100 + ordinary
+    return {
+        "scores": P,
+        "expected": np.arange(len(P)) < 40,
+        "category": ["a"] * 20 + ["b"] * 20 + ["a"] * 100 + ["b"] * 100 + ["general"] * len(ordinary),
+        "names": ["a", "b", "respond"],
+    }
+
+
+def test_a_threshold_of_1_is_raised_too():
+    a, b, respond = np.eye(3)
+    data = certain(b * 1e-3 + respond * 0.9, [a] * 300)
+    assert LearnThenTest(ALPHA, DELTA).fit(**data).thresholds["a"].tau == 1
+    held = LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.05).fit(**data).thresholds
+    assert held["a"].tau > 1  # at 1 all ordinary prompts would be refused
+
+
+def test_a_category_that_never_refuses_costs_the_ordinary_budget_nothing():
+    a, _, respond = np.eye(3)
+    data = certain(a, [a] * 60 + [respond] * 240)
+    plain = LearnThenTest(ALPHA, DELTA).fit(**data).thresholds
+    held = LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.05).fit(**data).thresholds
+    assert plain["a"].tau > 1 and held["b"].tau == plain["b"].tau
+
+
 def test_a_budget_for_ordinary_prompts_needs_enough_of_them():
     data = with_ordinary(np.random.default_rng(0), 50)
     with pytest.raises(UnsupportedClaim, match=r"at least 203 independent ordinary .* found 50"):

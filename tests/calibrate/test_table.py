@@ -127,6 +127,15 @@ def test_held_out_check():
         refuse_rows(point, [0.5], ["z"])
 
 
+def test_groups_without_a_threshold_are_left_out_of_the_check_and_noted():
+    point = calibrate_table(rows_of(1000), "p", "y", "g", 0.1, 0.1)
+    rows = rows_of(1000, seed=1)
+    alone = check_table_rows(point, rows, "p", "y", "g")
+    more = check_table_rows(point, [*rows, {"p": 0.5, "y": 1, "g": "new"}], "p", "y", "g")
+    assert more.tables == alone.tables and alone.notes == ()
+    assert more.notes == ("1 rows of groups without a threshold were left out: new",)
+
+
 def test_a_hundred_thousand_rows_take_seconds(tmp_path):
     rows = rows_of(100_000, groups=tuple("abcde"))
     path = tmp_path / "scores.csv"

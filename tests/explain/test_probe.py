@@ -5,7 +5,7 @@ import pytest
 from scipy.special import ndtr
 
 from demur.errors import InputError, MismatchError, UnsupportedClaim
-from demur.explain import Direction, Probe, fit_probe
+from demur.explain import Direction, Probe, fit_probe, grid
 from demur.explain.probe import KINDS
 from demur.stats import auroc
 
@@ -156,6 +156,13 @@ def test_round_trip(kind, tmp_path):
         again.with_threshold(X, y)
     again.save(tmp_path / "q.safetensors")
     assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
+
+
+def test_layers_from_numpy_can_be_saved(tmp_path):
+    site = grid(np.arange(3), ["t_post"])[1]
+    probe = fit_probe([[0.0, 1.0], [2.0, 1.0]], [0, 1], "mean_difference", site=site)
+    probe.save(tmp_path / "p.safetensors")
+    assert Probe.load(tmp_path / "p.safetensors", fingerprint=None, allow_unknown=True).site == (1, "t_post")
 
 
 def test_another_model_is_refused(tmp_path):

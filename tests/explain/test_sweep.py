@@ -161,6 +161,19 @@ def test_clusters_widen_the_interval():
     assert any("both labels" in note for note in mixed.notes)
 
 
+def test_what_few_rows_leave_undefined_is_none_in_json_and_said_in_the_table():
+    states, y = world(20)
+    found = sweep(
+        states, y, split_rows(y), ["mean_difference"], texts=[f"text {i}" for i in range(20)], draws=1
+    )
+    saved = json.loads(
+        json.dumps(found.to_dict(), allow_nan=False)
+    )  # of 4 test rows 1 in 8 resamples lacks a class
+    assert saved["controls"]["length"]["gain_low"] is None
+    text = str(found)
+    assert "too few rows for an interval" in text and "nan" not in text.lower()
+
+
 def test_a_separate_calibrate_part_sets_the_threshold():
     states, y = world(500)
     parts = split_rows(y, {"fit": 0.4, "select": 0.2, "calibrate": 0.2, "test": 0.2})

@@ -114,6 +114,12 @@ def test_benign_alpaca_under_both_column_names(tmp_path: Path, column: str) -> N
     assert (p.id, p.should_refuse, p.category) == ("alpaca/0", False, None)
 
 
+def test_an_id_twice_is_an_input_error(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "one", "idx": 1}, {"prompt": "two", "idx": 1}])
+    with pytest.raises(InputError, match="alpaca/1"):
+        prompts.benign_alpaca(path)
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("id,question,eval_split\n3,x,refusal\n")

@@ -41,8 +41,8 @@ def test_sensitivity_and_specificity():
 
 def test_rogan_gladen_by_hand_and_clipped():
     assert rogan_gladen(rate(50, 100), 0.9, 0.8).corrected == pytest.approx(0.3 / 0.7)
-    assert rogan_gladen(rate(1, 100), 0.9, 0.9).corrected == 0.0
-    assert rogan_gladen(rate(100, 100), 0.9, 0.9).corrected == 1.0
+    assert rogan_gladen(rate(8, 100), 0.9, 0.9).corrected == 0.0
+    assert rogan_gladen(rate(92, 100), 0.9, 0.9).corrected == 1.0
     assert rogan_gladen(rate(0, 0), 0.9, 0.9).corrected is None
 
 
@@ -68,6 +68,15 @@ def test_corrected_interval_covers_the_truth():
         low, high = rogan_gladen(seen, se, sp, draws=2000, seed=i).corrected_interval
         inside += low <= 0.3 <= high
     assert 0.91 <= inside / 300 <= 0.985
+
+
+def test_corrected_rates_lie_within_their_interval_and_never_claim_certainty():
+    for k in (0, 100):
+        r = rogan_gladen(rate(k, 100), 1.0, 1.0)
+        assert r.corrected == k / 100 and r.corrected_interval[0] <= k / 100 <= r.corrected_interval[1]
+    # false alarms on 10 % of the negatives, yet none in 50: the judge errs otherwise here
+    r = rogan_gladen(rate(0, 50), rate(50, 50), rate(45, 50))
+    assert r.corrected is None and r.corrected_interval is None
 
 
 def test_weak_judges_warn_and_useless_ones_correct_nothing():
@@ -107,6 +116,16 @@ def test_paired_interval_matches_the_normal_one_and_clusters_widen_it():
     assert paired_interval(a, b) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.006)
     wide = paired_interval(np.repeat(a, 4), np.repeat(b, 4), clusters=np.repeat(np.arange(500), 4))
     assert wide == pytest.approx(paired_interval(a, b), abs=0.006)
+
+
+@pytest.mark.parametrize(("a", "b", "difference"), [(0, 0, 0.0), (1, 1, 0.0), (0, 1, 1.0), (1, 0, -1.0)])
+def test_paired_outcomes_that_change_alike_keep_a_width(a, b, difference):
+    room = 1.959963984540054**2 / (20 + 1.959963984540054**2)  # Wilson's upper end of 0 in 20
+    low, high = mcnemar([a] * 20, [b] * 20).interval
+    want = max(difference - room, -1), min(difference + room, 1)
+    assert (low, high) == pytest.approx(want)
+    # 60 answers to 20 prompts say no more than 20 do
+    assert paired_interval([a] * 60, [b] * 60, clusters=np.arange(60) // 3) == pytest.approx(want)
 
 
 def test_minimum_detectable_difference_solves_its_equation_and_has_its_power():

@@ -34,6 +34,11 @@ def test_bag_of_words_without_words():
     assert controls.bag_of_words(["!", "?"], [1, 0], ["!"])[0] > 0  # punctuation is a word
 
 
+def test_bag_of_words_needs_both_classes():
+    with pytest.raises(InputError, match="both classes"):
+        controls.bag_of_words(["a", "b"], [1, 1], ["a"])
+
+
 def test_topic_only_by_hand():
     # law: 2 of 2, art: 1 of 2, overall 3/4: (2 + .75) / 3, (1 + .75) / 3, (0 + .75) / 1
     scores = controls.topic_only(["law", "law", "art", "art"], [1, 1, 0, 1], ["law", "art", "tax"])

@@ -63,6 +63,16 @@ def test_auroc_interval_with_clusters_is_wider():
     assert by_group[1] - by_group[0] > 1.8 * (plain[1] - plain[0])
 
 
+def test_auroc_interval_of_clusters_keeps_a_width_and_is_never_undefined():
+    # perfect separation in 6 clusters of two rows: no more sure than 3 and 3 rows are
+    scores, labels = [1, 2, 3, 4, 5, 6] * 2, [0, 0, 0, 1, 1, 1] * 2
+    perfect = auroc_interval(scores, labels, clusters=list("abcdef") * 2)
+    assert perfect == auroc_interval(scores[:6], labels[:6])
+    # of 4 clusters, one of eight resamples lacks a class
+    low, high = auroc_interval([0.1, 0.6, 0.5, 0.9], [0, 0, 1, 1], clusters=list("abcd"))
+    assert 0 <= low < 0.75 < high <= 1
+
+
 def test_curve_by_hand():
     c = curve([0.0, 0.3, 0.5, 1.0], [False, True, False, True], [0, 0.3, 0.5, 0.51, 1, 1.01])
     assert c.refusal.tolist() == [1, 1, 0.5, 0.5, 0.5, 0]

@@ -111,7 +111,8 @@ class Calibrator(ABC):
             expected: (n,) booleans, True = should refuse.
             category: (n,) names; benign look-alikes carry the category they resemble, general benign prompts
                 None, "", "general" or "respond". None for all when there is a single refuse token.
-            group: (n,) labels of prompts that share a source; one group counts as one draw.
+            group: (n,) labels of prompts that share a source; one group counts as one draw, and a prompt
+                without (None) is one of its own.
             calibrated_on: the set's name, for the wording. T: softmax temperature of `scores`.
 
         Returns:
@@ -290,10 +291,9 @@ def _check_labels(
         if len(names) != 2:
             raise InputError("category=None works with a single refuse token; pass one category per row")
         category = [names[0]] * n
-    if len(category) != n or (group is not None and len(group) != n):
-        raise InputError(
-            f"{n} score rows, {len(category)} categories; every row needs its category (and its group)"
-        )
+    for what, column in (("categories", category), ("groups", group)):
+        if column is not None and len(column) != n:
+            raise InputError(f"{n} score rows, {len(column)} {what}; every row needs one")
     kind = np.array(["" if c is None else str(c) for c in category], dtype=np.str_)
     strange = ~np.isin(kind, list(names[:-1])) & (refuse | ~np.isin(kind, list(GENERAL)))
     if strange.any():
@@ -303,4 +303,6 @@ def _check_labels(
             f"row {row}: category {str(kind[row])!r} of a {side} prompt is none of {', '.join(names[:-1])}. "
             f"Map your taxonomy to the model's categories, or drop these {int(strange.sum())} rows"
         )
-    return refuse, kind, None if group is None else np.asarray(group)
+    if group is None:
+        return refuse, kind, None
+    return refuse, kind, np.array([f"row {i}" if g is None else f"group {g}" for i, g in enumerate(group)])

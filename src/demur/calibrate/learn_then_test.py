@@ -105,10 +105,13 @@ class LearnThenTest(Calibrator):
                 f"{', '.join(s.name for s in slices if s.general)} would use the ordinary ones twice"
             )
         # each prompt is emitted as one category at most, so one column of each row is above -inf
-        margins = np.max(
-            [_logit(s.ordinary) - _logit(c.tau) for s, c in zip(slices, choices, strict=True)], axis=0
+        hit = np.max(
+            [
+                np.where(s.ordinary >= c.tau, _logit(s.ordinary) - _logit(c.tau), -np.inf)
+                for s, c in zip(slices, choices, strict=True)
+            ],
+            axis=0,
         )
-        hit = np.where(margins >= 0, margins, -np.inf)
         everyone = Slice("ordinary", hit, hit, None, slices[0].ordinary_groups)
         n, needed = _draws(everyone), math.ceil(math.log(level) / math.log1p(-budget))
         if n < needed:
@@ -122,7 +125,7 @@ class LearnThenTest(Calibrator):
 
     def _raised(self, s: Slice, choice: Choice, shift: float, level: float) -> Choice:
         """The choice with its threshold `shift` logits higher, and the bound that then holds."""
-        if shift == 0 or choice.tau >= 1:
+        if shift == 0:
             return choice
         logit = float(_logit(choice.tau)) + shift
         tau = float(special.expit(logit)) if logit <= _logit(1.0) else 1.01  # above certainty: never

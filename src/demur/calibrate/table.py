@@ -7,6 +7,7 @@ number will do, as long as more means more refusable; only their order and ties 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -86,10 +87,15 @@ def check_table_rows(
     """Held-out check of a table's operating point; groups without a threshold are left out and noted."""
     p, y, kind, clusters = _read(rows, score, label, group, cluster)
     digest = data_hash(p, y, kind)
-    slices = [s for s in _slices(p, y, kind, clusters) if s.name in cuts(point)]
+    steered = np.isin(kind, ["", *cuts(point)])
+    slices = _slices(p[steered], y[steered], kind[steered], None if clusters is None else clusters[steered])
     if not slices:
         raise InputError(f"none of the groups here has a threshold; the point has {', '.join(point.steered)}")
-    return check_slices(point, slices, digest=digest)
+    report = check_slices(point, slices, digest=digest)
+    if steered.all():
+        return report
+    left = f"{int((~steered).sum())} rows of groups without a threshold were left out: "
+    return replace(report, notes=(*report.notes, left + ", ".join(np.unique(kind[~steered]))))
 
 
 def refuse_rows(point: OperatingPoint, scores: npt.ArrayLike, groups: Sequence[str]) -> npt.NDArray[np.bool_]:

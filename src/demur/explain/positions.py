@@ -127,7 +127,7 @@ def grid(layers: Iterable[int], positions: Iterable[int | str] = ("t_inst", "t_p
     [(4, 't_post'), (8, 't_post')]
     """
     names = list(positions)
-    return [(layer, name) for layer in layers for name in names]
+    return [(int(layer), name) for layer in layers for name in names]
 
 
 def collect(

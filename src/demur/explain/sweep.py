@@ -37,7 +37,8 @@ class Baseline:
     """A rule that sees the texts only, fitted on the same rows and tested on the same rows.
 
     For `naive_liar` it is the chosen probe itself, reading the naive rows in place of the positive test rows.
-    `gain` is the probe's AUROC minus this one's, with its paired bootstrap interval `gain_low` to `gain_high`.
+    `gain` is the probe's AUROC minus this one's, with its paired bootstrap interval `gain_low` to `gain_high`
+    (NaN where too many resamples hold one class only).
     """
 
     auroc: float
@@ -126,7 +127,7 @@ class Sweep:
         return layers, positions, out
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the probe's tensors and the scores, ready for JSON."""
+        """Everything but the probe's tensors and the scores, ready for JSON; what is undefined is None."""
         plain = ("select_auroc", "auroc", "low", "high", "n_positive", "n_negative", "notes")
         rates = ("accuracy", "majority", "fpr", "tpr")
         return {
@@ -135,7 +136,7 @@ class Sweep:
             **{name: getattr(self, name) for name in plain},
             **{name: None if (r := getattr(self, name)) is None else asdict(r) for name in rates},
             "cut": None if self.probe.cut is None else asdict(self.probe.cut),
-            "controls": {k: None if c is None else asdict(c) for k, c in self.controls.items()},
+            "controls": {k: None if c is None else _known(asdict(c)) for k, c in self.controls.items()},
             "cells": [asdict(c) for c in self.cells],
         }
 
@@ -385,6 +386,10 @@ def _group(clusters: Sequence[Hashable] | None, rows: Rows) -> npt.NDArray[Any] 
         return None
     number = {key: i for i, key in enumerate(dict.fromkeys(clusters))}
     return np.array([number[clusters[i]] for i in rows])
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if v != v else v for k, v in row.items()}
 
 
 def _share(hits: BoolArray) -> Rate:

@@ -53,13 +53,19 @@ def _control(found: Mapping[str, Any] | None) -> tuple[str | None, str | None, s
         _range(found["low"], found["high"]),
         _three(found["gain"]),
         _range(found["gain_low"], found["gain_high"]),
-        "" if found["gain_low"] > 0 else "not beaten",
+        _remark(found["gain_low"]),
     )
+
+
+def _remark(gain_low: float | None) -> str:
+    if gain_low is None:
+        return "too few rows for an interval of the gain"
+    return "" if gain_low > 0 else "not beaten"
 
 
 def _three(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _range(low: float, high: float) -> str:
-    return f"{low:.3f} to {high:.3f}"
+def _range(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{low:.3f} to {high:.3f}"

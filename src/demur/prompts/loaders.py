@@ -201,7 +201,7 @@ def _field(row: Mapping[str, Any], where: str, name: str) -> str:
 
 
 def _collect(name: str, items: Iterable[Prompt | str]) -> LoadedSet:
-    """Prompts with unique ids; a string is the reason why a row was left out."""
+    """The prompts; a string is the reason why a row was left out. Two of one id are an `InputError`."""
     kept, dropped = [], Counter[str]()
     for item in items:
         if isinstance(item, str):
@@ -210,4 +210,7 @@ def _collect(name: str, items: Iterable[Prompt | str]) -> LoadedSet:
             kept.append(item)
     if not kept:
         raise InputError(f"{name}: no prompt left (left out: {dict(dropped)})")
-    return LoadedSet(name, tuple(kept), dict(dropped))
+    try:
+        return LoadedSet(name, tuple(kept), dict(dropped))
+    except ValueError as e:
+        raise InputError(str(e)) from None

@@ -48,6 +48,10 @@ def bag_of_words(
     except ImportError:
         raise MissingExtra("The bag-of-words control", "local") from None
     yes = labels(y, len(train_texts))
+    if yes.all() or not yes.any():
+        raise InputError(
+            f"all {yes.size} training texts are labelled {bool(yes[0])}; a rule needs both classes"
+        )
     if not any(re.search(r"\S", t) for t in train_texts):
         return np.zeros(len(test_texts))
     words = TfidfVectorizer(token_pattern=_WORD, ngram_range=(1, 2), sublinear_tf=True)

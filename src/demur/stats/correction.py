@@ -44,7 +44,8 @@ def rogan_gladen(
 
     Returns:
         The same `Rate` with `corrected` and `corrected_interval` set. Both stay None when n is 0, when the
-        judge's error is undefined, or when Se + Sp <= 1 (with a warning).
+        judge's error is undefined, when Se + Sp <= 1 (with a warning), or when the rate lies so far beyond what
+        that error allows that clipping would leave an interval without width.
 
     >>> from demur.stats import rate
     >>> round(rogan_gladen(rate(50, 100), 0.9, 0.8).corrected, 4)  # (0.5 - 0.2) / 0.7
@@ -72,8 +73,8 @@ def rogan_gladen(
     tail = (1 - level) / 2
     if (informed <= 0.01).mean() > tail:  # the judge may be no better than chance: nothing is known
         return replace(rate, corrected=corrected, corrected_interval=(0.0, 1.0))
-    low, high = np.quantile(np.clip((r + b - 1) / np.maximum(informed, 0.01), 0, 1), [tail, 1 - tail])
-    return replace(rate, corrected=corrected, corrected_interval=(float(low), float(high)))
+    low, high = _middle(np.clip((r + b - 1) / np.maximum(informed, 0.01), 0, 1), level, corrected)
+    return replace(rate, corrected=corrected, corrected_interval=(low, high)) if low < high else rate
 
 
 def _value(x: Rate | float) -> float | None:

@@ -54,20 +54,27 @@ def auroc_interval(
     """Interval of the AUROC: DeLong's variance on the logit scale, or the bootstrap when `clusters` is given.
 
     Perfect separation has DeLong variance zero; there the Hanley-McNeil variance at the hypothesised value is
-    inverted instead, so that the interval keeps a width. None when a class is empty (DeLong needs two each).
+    inverted instead, so that the interval keeps a width. The same, with clusters for rows, stands in where the
+    resamples of clusters are all alike or too often without a class. None when a class is empty (DeLong needs
+    two each).
 
     Reference: DeLong, DeLong and Clarke-Pearson 1988; Hanley and McNeil 1982.
     """
     pos, neg = split_scores(scores, positive)
+    z = float(special.ndtri((1 + level) / 2))
     if clusters is not None and pos.size and neg.size:
-        return bootstrap_interval(
+        low, high = bootstrap_interval(
             _auroc_or_nan, scores, positive, clusters=clusters, n_boot=n_boot, seed=seed, level=level
         )
+        if low < high:
+            return low, high
+        of, yes = np.asarray(clusters), np.asarray(positive, bool)
+        counts = len(np.unique(of[yes])), len(np.unique(of[~yes]))
+        return _score_interval(float(_placements(pos, neg).mean()), *counts, z)
     if pos.size < 2 or neg.size < 2:
         return None
     place_pos, place_neg = _placements(pos, neg), 1 - _placements(neg, pos)
     area = float(place_pos.mean())
-    z = float(special.ndtri((1 + level) / 2))
     variance = place_pos.var(ddof=1) / pos.size + place_neg.var(ddof=1) / neg.size
     if area in (0.0, 1.0) or variance == 0:
         return _score_interval(area, pos.size, neg.size, z)

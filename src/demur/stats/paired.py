@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy import special
 
 from demur.errors import InputError
-from demur.stats.intervals import FloatArray
+from demur.stats.intervals import FloatArray, proportion_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +77,24 @@ def paired_interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of mean(b - a) over items or clusters of items; None for no items.
 
+    Where every item (or cluster) changes alike the bootstrap would claim certainty. Of yes/no outcomes Wilson's
+    upper bound of the share that changes otherwise is then added on both sides: without a change
+    +-z^2 / (n + z^2).
+
     Args:
         a, b: (n,) numbers or booleans over the same items. clusters: (n,) labels or None.
     """
-    d: FloatArray = np.asarray(b, float) - np.asarray(a, float)
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    d: FloatArray = y - x
     if d.size == 0:
         return None
     _, of = np.unique(np.arange(d.size) if clusters is None else np.asarray(clusters), return_inverse=True)
     size, total = np.bincount(of), np.bincount(of, weights=d)
     # clusters with one size and one total are interchangeable: draw how often each kind occurs
     kinds, count = np.unique(np.stack([size, total], axis=1), axis=0, return_counts=True)
+    if np.ptp(kinds[:, 1] / kinds[:, 0]) == 0 and np.isin([x, y], (0, 1)).all():
+        room = float(proportion_interval(0, len(size), level=level)[1])
+        return max(float(d.mean()) - room, -1.0), min(float(d.mean()) + room, 1.0)
     rng = np.random.default_rng(seed)
     means = np.empty(n_boot)
     block = max(1, 4_000_000 // len(kinds))
