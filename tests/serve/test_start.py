@@ -81,10 +81,15 @@ def test_the_adapters_own_point_is_taken_where_none_is_named(loaded: Any, tmp_pa
     assert mine.settings.operating_point == tmp_path / "mine.yaml"
 
 
+def of(runtime: Any) -> Evaluation:
+    """Stored scores that say they are this model's."""
+    return stored().model_copy(update={"fingerprint": runtime.fingerprint})
+
+
 def test_an_evaluation_is_computed_where_it_is_asked_for(
     loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "core_evaluation", lambda _runtime, T: stored())
+    monkeypatch.setattr(start, "core_evaluation", lambda runtime, T: of(runtime))
     ready = start.prepare(Settings(evaluation="core"), print)
     app = create_app(ready.settings, ready.upstream, evaluation=ready.evaluation)
     assert isinstance(app.state.gateway.evaluation, Evaluation)
@@ -95,7 +100,7 @@ def test_a_small_evaluation_is_shown_and_its_drift_is_not_watched(
     loaded: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     ready = start.prepare(Settings(), print)
-    small = stored().model_copy(update={"reference": (0.1, 0.2)})
+    small = of(loaded).model_copy(update={"reference": (0.1, 0.2)})
     gateway = create_app(ready.settings, ready.upstream, evaluation=small).state.gateway
     assert gateway.evaluation is small and gateway.drift is None and "2 scores" in caplog.text
 

@@ -460,7 +460,7 @@ def test_models_that_give_no_verdicts_complete_sentences(monkeypatch: pytest.Mon
         monkeypatch.setattr(
             tracing, "margins", lambda r, _a, f=found: (np.ones(10), f if r.name == "tuned" else -np.ones(10))
         )
-        pairs, _, why = comparison._public_pairs(both)
+        pairs, _, why = comparison._public_pairs(both, question=True)
         assert (pairs is PAIRS, why is None) == (asked, asked)
     assert why is not None and "base and tuned are right on 100% and 55%" in why
 
