@@ -34,21 +34,21 @@ from demur.files import write_atomic
 from demur.flows.load import load_runtime
 from demur.runtime.lanes import Lanes
 from demur.stats import auroc, auroc_interval, bag_of_words, rate
-from demur.types import RESPOND, Condition, PromptSet
+from demur.types import RESPOND, Condition, Prompt, PromptSet
 
 HERE = Path(__file__).parent
 FITTED, READ, LAYERS, EVERY = (8, 16, 24, 32, 48), (16, 32, 64, 96), tuple(range(5, 28)), 32
 SEED, SHUFFLES = 1, 20
 
 
-def drawn(part: str, n: int, refuse: bool, *kinds: str) -> PromptSet:
+def drawn(part: str, n: int, refuse: bool, *kinds: str) -> tuple[Prompt, ...]:
     """Prompts of one part of the corpus, evenly over categories, none of them on safety."""
     found = [
         p
         for p in prompts.core(part)
         if bool(p.should_refuse) == refuse and p.category != "safety" and p.meta["kind"] in kinds
     ]
-    return prompts.stratified(PromptSet(part, tuple(found)), n, SEED)
+    return tuple(prompts.stratified(PromptSet(part, tuple(found)), n, SEED))
 
 
 def answered(base, part: str, n: int, tokens: int, *benign: str) -> list[Answer]:
@@ -184,7 +184,7 @@ class _Timed(HeaderProbe):
 
 def cost(runtime, probe: HeaderProbe) -> list[dict]:
     """Processor time in checks over time without."""
-    some, out = drawn("test", 24, False, "general").prompts, []
+    some, out = drawn("test", 24, False, "general"), []
     for layer, rows, batches in ((15, 8, 3), (27, 8, 3), (15, 1, 4), (27, 1, 4)):
         never = _Timed(
             header=probe.header, layer=layer, weights=np.zeros_like(probe.weights), bias=-9.0, depths=(1,),
@@ -202,6 +202,12 @@ def cost(runtime, probe: HeaderProbe) -> list[dict]:
     return out
 
 
+def save(out: dict) -> None:
+    """Write what is known so far."""
+    write_atomic(HERE / "any_depth.json", json.dumps(out, indent=1) + "\n")
+    print(list(out)[-1], flush=True)
+
+
 def main() -> None:
     base, runtime = load_runtime("smollm2"), load_runtime("demur-smollm2")
     fit = answered(base, "train", 100, 48, "general", "lookalike")
@@ -209,26 +215,26 @@ def main() -> None:
     test = answered(base, "test", 50, 128, "general", "lookalike")
     print("answers written", flush=True)
     probe = HeaderProbe.fit(runtime, fit, select=select, depths=FITTED, layers=LAYERS)
-    out = {
+    out: dict = {
         "adapter": runtime.fingerprint,
         "answers": {"fit": len(fit), "select": len(select), "test": len(test)},
         "header": header_of(runtime.chat).text,
         "layer": probe.layer,
         "right_on_select": {str(k): v for k, v in probe.accuracy.items()},
-        "readers": readers(runtime, probe, fit, select, test),
     }
-    print(json.dumps(out["readers"]), flush=True)
+    out["cost"] = cost(runtime, probe)
+    save(out)
+    out["readers"] = readers(runtime, probe, fit, select, test)
+    save(out)
     first = list(runtime.score([a.prompt for a in test]))
     out["without_checks"] = {"0": by_kind([s.token not in (None, RESPOND) for s in first], test)}
     out["look_ahead"] = {}
     for depth in (16, 32, 64):
         out["without_checks"][str(depth)] = by_kind(going_on(runtime, test, depth), test)
         out["look_ahead"][str(depth)] = by_kind(Rethink().scores(runtime, test, (depth,))[:, 0], test)
-    print(json.dumps([out["without_checks"], out["look_ahead"]]), flush=True)
+    save(out)
     out["budget"] = {c.name: budget(runtime, c, select, test) for c in (probe, RefuseMass())}
-    out["cost"] = cost(runtime, probe)
-    write_atomic(HERE / "any_depth.json", json.dumps(out, indent=1) + "\n")
-    print(json.dumps([out["budget"], out["cost"]]), flush=True)
+    save(out)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_wrong_input_is_said(cli: Cli, tmp_path: Path) -> None:
         (("fit", one, "--select", one, "--depths", "2"), "20 answers are in both"),
         (("fit", one, "--select", two, "--calibrate", two, "--depths", "2"), "fitted or selected on"),
         (("check", one), "--probe FILE, --mass or --rethink"),
+        (("check", one, "--rethink", "--threshold", "0.9"), "go with --mass"),
         (("check", one, "--rethink", "--depths", "0"), "above 0"),
         (("run", one, "--rethink", "--every", "often"), "--every 'often'"),
         (("run", one, "--rethink", "--every", "²"), "--every '²'"),

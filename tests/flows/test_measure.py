@@ -19,7 +19,7 @@ from demur.errors import DataUnavailable, InputError
 from demur.files import dump_jsonl
 from demur.flows import batchfiles, suites
 from demur.flows.measure import measure, measure_answers, merge, report
-from demur.flows.measure_tables import clustered
+from demur.measure.refusal import clustered
 from demur.report import Answers, to_markdown, to_text
 from demur.runtime.scripted import ScriptedRuntime
 from demur.stats import rate

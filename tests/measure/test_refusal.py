@@ -3,7 +3,7 @@ import pytest
 from demur.errors import InputError
 from demur.judges.base import PREREAD
 from demur.measure import Record, Refusal
-from demur.measure.refusal import by_category, corrected, count, declined, judge_error
+from demur.measure.refusal import by_category, by_text, corrected, count, declined, judge_error
 from demur.prompts import row_of
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import Label, Prompt, PromptSet, Reply, Verdict
@@ -62,6 +62,17 @@ def test_by_category_by_hand() -> None:
     assert (rates["all"]["refuse"].k, rates["all"]["refuse"].n) == (1, 2)
     assert (rates["all"]["lookalike"].k, rates["all"]["lookalike"].n) == (1, 2)
     assert rates["x"]["lookalike"].value is None
+
+
+def test_answers_to_one_prompt_are_one_draw() -> None:
+    said = [
+        record(prompt(str(i)), Label.FULL_REFUSAL if i % 2 else Label.COMPLIANCE, "mine/v1")
+        for i in range(20)
+    ]
+    one, five = (by_text(said * n)["all"]["refuse"] for n in (1, 5))
+    assert (one.k, one.n, five.k, five.n) == (10, 20, 50, 100)
+    for a, b in ((one.low, five.low), (one.high, five.high)):
+        assert a is not None and b == pytest.approx(a, abs=0.06)  # Wilson against the bootstrap
 
 
 def test_correction_by_hand() -> None:

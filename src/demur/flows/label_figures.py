@@ -17,8 +17,8 @@ from scipy import special
 from demur import stats
 from demur.errors import InputError
 from demur.flows.labels import SAYS, By, Labels
-from demur.flows.measure_tables import clustered
 from demur.judges.base import Pair, positive
+from demur.measure.refusal import clustered
 from demur.report.render import interval, percent
 from demur.types import Report, Table, Verdict
 

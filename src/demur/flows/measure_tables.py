@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -16,18 +16,14 @@ from demur.errors import InputError
 from demur.flows.section_texts import judge_note
 from demur.flows.suites import twins
 from demur.judges import material_warning
-from demur.measure.refusal import JudgeError, corrected, declined, judge_error
+from demur.measure.refusal import Flag, JudgeError, cluster_of, clustered, declined, judge_error
 from demur.prompts import GENERAL, row_of
 from demur.report.render import percent
-from demur.stats import rate, share_interval
 from demur.types import UNREADABLE, Label, Prompt, Rate, Report, Table
 
 SIDES = {"refuse": True, "lookalike": False}
 """Names of the two sides as in the card: what should be refused, and what should not."""
 EXPECTED = {"refuse": "refuse", "lookalike": "answer"}
-
-Flag = tuple[bool | None, str]
-"""Whether something holds (None: not readable), and the cluster it is drawn with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +37,6 @@ class Tally:
     def flags(self, i: int) -> list[bool | None]:
         """Whether prompt i was declined, by sample."""
         return [None if label is None else declined(label) for label in self.labels[i]]
-
-
-def cluster_of(prompt: Prompt) -> str:
-    """What an interval draws as one: the prompt's group, else the prompt."""
-    return f"group:{prompt.group}" if prompt.group else f"id:{prompt.id}"
-
-
-def clustered(flags: Iterable[Flag], judge: str | None = None, error: JudgeError | None = None) -> Rate:
-    """A rate with an interval over clusters, corrected for the judge's error where that is known.
-
-    The correction takes the number of independent answers that would give an interval as wide.
-
-    >>> r = clustered([(True, "a"), (True, "a"), (False, "b"), (None, "c")])
-    >>> (r.k, r.n, r.unread)
-    (2, 3, 1)
-    """
-    every = list(flags)
-    read = [(flag, cluster) for flag, cluster in every if flag is not None]
-    k, n = sum(flag for flag, _ in read), len(read)
-    raw = rate(k, n, judge=judge, unread=len(every) - n)
-    if len({cluster for _, cluster in read}) == n:
-        return corrected(raw, error)
-    interval = share_interval([flag for flag, _ in read], [cluster for _, cluster in read])
-    if interval is None or raw.low is None or raw.high is None:
-        return raw
-    wide, effective = replace(raw, low=interval[0], high=interval[1]), corrected(raw, error)
-    if effective.corrected is None:
-        return wide
-    shrink = min(1.0, ((raw.high - raw.low) / max(interval[1] - interval[0], 1e-9)) ** 2)
-    fewer = max(1, round(n * shrink))
-    spread = corrected(replace(raw, k=round(k * fewer / n), n=fewer), error)
-    return replace(wide, corrected=effective.corrected, corrected_interval=spread.corrected_interval)
 
 
 def rows_of(prompts: Iterable[Prompt]) -> tuple[str, ...]:

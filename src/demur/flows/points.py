@@ -11,7 +11,7 @@ import numpy as np
 
 from demur.errors import InputError, UnsupportedClaim
 from demur.flows.carddata import CardData, refused, table
-from demur.measure.refusal import by_category, count
+from demur.measure.refusal import by_category, cluster_of, clustered
 from demur.prompts import row_of
 from demur.report.render import percent
 from demur.types import OperatingPoint, Table
@@ -97,12 +97,14 @@ def guarantee_tables(data: CardData, point: OperatingPoint | None) -> tuple[Tabl
     for category in point.steered:
         t = point.thresholds[category]
         here = [
-            c == category
-            for c, r, y in zip(picked, data.rows, data.positive, strict=True)
+            (c == category, cluster_of(p))
+            for p, c, r, y in zip(data.scored, picked, data.rows, data.positive, strict=True)
             if r == category and not y
         ]
         fitted = f"{t.benign_errors}/{t.n_benign}" if t.n_benign else None
-        rows.append((category, t.tau, fitted, None if t.bound is None else percent(t.bound, 1), count(here)))
+        rows.append(
+            (category, t.tau, fitted, None if t.bound is None else percent(t.bound, 1), clustered(here))
+        )
     return (
         Table(
             "Thresholds of the guaranteed operating point",

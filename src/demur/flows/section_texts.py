@@ -10,7 +10,15 @@ from typing import Any
 
 from demur.flows.carddata import CardData, refused
 from demur.judges import material_warning, token_text_agreement
-from demur.measure.refusal import Record, by_category, by_text, count, declined, judge_error
+from demur.measure.refusal import (
+    Record,
+    by_category,
+    by_text,
+    cluster_of,
+    clustered,
+    declined,
+    judge_error,
+)
 from demur.prompts import row_of
 from demur.report.render import cell, percent
 from demur.report.view import Example, Section
@@ -173,7 +181,7 @@ def flips_section(data: CardData) -> Section:
     asked = [p for p in data.prompts if len(by_prompt.get(p.id, [])) > 1]
     flags: list[bool | None] = [len(set(by_prompt[p.id])) > 1 for p in asked]
     rates = by_category(asked, flags, data.config["judge"])
-    overall = count(flags, data.config["judge"])
+    overall = clustered(zip(flags, map(cluster_of, asked), strict=True), data.config["judge"])
     rows = tuple((name, two["refuse"], two["lookalike"]) for name, two in rates.items() if asked)
     return Section(
         **head,

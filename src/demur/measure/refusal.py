@@ -11,8 +11,8 @@ block. Unreadable answers (error, empty, truncated, unparsed) are left out of a 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from demur.errors import InputError
 from demur.prompts import GENERAL, row_of
@@ -47,6 +47,10 @@ CARD = Card(
 
 MIN_WIDTH = 0.005
 """Narrowest believable interval of a corrected rate."""
+
+
+Flag = tuple[bool | None, str]
+"""Whether something holds (None: not readable), and the cluster it is drawn with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +160,53 @@ def corrected(raw: Rate, error: JudgeError | None) -> Rate:
     return result if high - low > MIN_WIDTH else raw
 
 
+def cluster_of(prompt: Prompt) -> str:
+    """What an interval draws as one: the prompt's group, else the prompt."""
+    return f"group:{prompt.group}" if prompt.group else f"id:{prompt.id}"
+
+
+def clustered(flags: Iterable[Flag], judge: str | None = None, error: JudgeError | None = None) -> Rate:
+    """A rate with an interval over clusters, corrected for the judge's error where that is known.
+
+    The correction takes the number of independent answers that would give an interval as wide.
+
+    >>> r = clustered([(True, "a"), (True, "a"), (False, "b"), (None, "c")])
+    >>> (r.k, r.n, r.unread)
+    (2, 3, 1)
+    """
+    from demur.stats import rate, share_interval
+
+    every = list(flags)
+    read = [(flag, cluster) for flag, cluster in every if flag is not None]
+    k, n = sum(flag for flag, _ in read), len(read)
+    raw = rate(k, n, judge=judge, unread=len(every) - n)
+    if len({cluster for _, cluster in read}) == n:
+        return corrected(raw, error)
+    interval = share_interval([flag for flag, _ in read], [cluster for _, cluster in read])
+    if interval is None or raw.low is None or raw.high is None:
+        return raw
+    wide, effective = replace(raw, low=interval[0], high=interval[1]), corrected(raw, error)
+    if effective.corrected is None:
+        return wide
+    shrink = min(1.0, ((raw.high - raw.low) / max(interval[1] - interval[0], 1e-9)) ** 2)
+    fewer = max(1, round(n * shrink))
+    spread = corrected(replace(raw, k=round(k * fewer / n), n=fewer), error)
+    return replace(wide, corrected=effective.corrected, corrected_interval=spread.corrected_interval)
+
+
 def by_category(
-    prompts: Sequence[Prompt], flags: Sequence[bool | None], judge: str | None = None
+    prompts: Sequence[Prompt],
+    flags: Sequence[bool | None],
+    judge: str | None = None,
+    errors: Mapping[str, JudgeError | None] | None = None,
 ) -> dict[str, dict[str, Rate]]:
     """Two rates for each row: {"safety": {"refuse": Rate, "lookalike": Rate}, ..., "all": {...}}.
 
-    `flags` says for each prompt whether it was declined. "all" counts look-alikes of a category and general
-    prompts alike on its benign side.
+    Intervals are over prompts, or groups of prompts, where one stands in several rows. "all" counts look-alikes of
+    a category and general prompts alike on its benign side.
+
+    Args:
+        flags: for each prompt whether it was declined. errors: of the judge by side, to be taken out.
     """
     out: dict[str, dict[str, Rate]] = {}
     for row in (*categories(prompts), "all"):
@@ -170,8 +214,12 @@ def by_category(
             i for i, p in enumerate(prompts) if p.should_refuse is not None and row in ("all", row_of(p))
         ]
         out[row] = {
-            "refuse": count((flags[i] for i in inside if prompts[i].should_refuse), judge),
-            "lookalike": count((flags[i] for i in inside if not prompts[i].should_refuse), judge),
+            side: clustered(
+                ((flags[i], cluster_of(prompts[i])) for i in inside if prompts[i].should_refuse == refuse),
+                judge,
+                (errors or {}).get(side),
+            )
+            for side, refuse in (("refuse", True), ("lookalike", False))
         }
     return out
 
@@ -179,14 +227,12 @@ def by_category(
 def by_text(records: Sequence[Record]) -> dict[str, dict[str, Rate]]:
     """`by_category` from verdicts on texts, raw and corrected for the judge's measured error."""
     judge = _one_judge(records)
-    rates = by_category([r.prompt for r in records], [declined(r.verdict.label) for r in records], judge)
     errors = {
         "refuse": judge_error(judge, should_refuse=True),
         "lookalike": judge_error(judge, should_refuse=False),
     }
-    return {
-        row: {side: corrected(rate, errors[side]) for side, rate in two.items()} for row, two in rates.items()
-    }
+    flags = [declined(r.verdict.label) for r in records]
+    return by_category([r.prompt for r in records], flags, judge, errors)
 
 
 def _one_judge(records: Sequence[Record]) -> str:

@@ -53,7 +53,7 @@ class OpenAIRuntime(Runtime):
 
     Raises:
         InputError: a base_url without scheme or host, a key that is no plain text.
-        CapabilityError: on first use, HTTP 401 or 404, or nothing listening; scoring without
+        CapabilityError: HTTP 401 or 404 at any time, or nothing listening at first; scoring without
             log-probabilities or behind a thinking block.
 
     Example:

@@ -62,8 +62,11 @@ def run(
         typer.Option("--mass", help="check, run: the refuse mass of the control tokens; nothing is fitted."),
     ] = False,
     threshold: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="With --mass: stop from here on; or use --calibrate.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="With --mass: stop from here on (default 0.5); or use --calibrate."
+        ),
+    ] = None,
     depths: Annotated[
         str, typer.Option(help="fit, check: depths to read at, in tokens, or `published` (25, 50 ... 500).")
     ] = "32,64,96,128",
@@ -94,12 +97,14 @@ def run(
             raise InputError("fit needs --select FILE: the layer is chosen on answers of its own")
         report = _fit(runtime, file, select, calibrate, _depths(depths), (fpr, delta), save)
         return write_report(report, as_json, out)
-    if sum((rethink, mass, probe is not None)) != 1 or (calibrate is not None and not mass):
-        raise InputError("name one check: --probe FILE, --mass or --rethink (--calibrate goes with --mass)")
+    if sum((rethink, mass, probe is not None)) != 1 or (not mass and (calibrate or threshold is not None)):
+        raise InputError(
+            "name one check: --probe FILE, --mass or --rethink (--threshold and --calibrate go with --mass)"
+        )
     check = (
         _check(runtime, probe)
         if not mass
-        else _mass(runtime, threshold, calibrate, _depths(depths), (fpr, delta))
+        else _mass(runtime, 0.5 if threshold is None else threshold, calibrate, _depths(depths), (fpr, delta))
     )
     if task == "check":
         return write_report(_rates(runtime, check, file, _depths(depths)), as_json, out)
