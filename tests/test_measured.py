@@ -56,3 +56,36 @@ def test_what_falls_short_is_said(page: str) -> None:
     assert f"{use['nll_ratio']:.2f} [{low:.2f}, {high:.2f}]" in page
     (agreed,) = MEASURED["agreement"].values()
     assert f"{agreed['k']} of {agreed['n']} answers" in page
+
+
+CHECKS = json.loads((PACKAGE / "any_depth.json").read_text(encoding="utf-8"))
+CHECKS_PAGE = (REPO / "docs" / "any-depth-alignment.md").read_text(encoding="utf-8").replace("\n", " ")
+
+
+def counted(rate: dict[str, Any]) -> str:
+    return f"{rate['k']} of {rate['n']}, {rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+
+
+def test_checks_inside_answers_were_measured_on_the_shipped_weights() -> None:
+    assert CHECKS["adapter"] == POINT.model_fingerprint
+
+
+@pytest.mark.parametrize("reader", ["probe", "mass", "last_token"])
+def test_readers_inside_answers(reader: str) -> None:
+    found = CHECKS["readers"][reader].values()
+    row = " | ".join(f"{a['auroc']:.2f} [{a['interval'][0]:.2f}, {a['interval'][1]:.2f}]" for a in found)
+    assert f"| {row} |" in CHECKS_PAGE
+
+
+def test_stops_inside_answers() -> None:
+    for part in ("without_checks", "look_ahead"):
+        assert " | ".join(counted(at["to_stop"]) for at in CHECKS[part].values()) in CHECKS_PAGE
+    for check, wanted in (("any-depth-probe", "0.990"), ("any-depth-mass", "0.982")):
+        found = CHECKS["budget"][check]
+        assert f"{found['threshold']:.3f}" == wanted and wanted in CHECKS_PAGE
+        for kind in ("ordinary", "to_stop"):
+            low, high = (found["stopped"]["0.5"][kind][end] for end in ("low", "high"))
+            assert f"[{low:.2f}, {high:.2f}]" in CHECKS_PAGE
+    costs = {(c["layer"], c["rows"]): f"{100 * c['share']:.1f} %" for c in CHECKS["cost"]}
+    assert costs == {(15, 8): "1.6 %", (27, 8): "2.6 %", (15, 1): "1.7 %", (27, 1): "2.9 %"}
+    assert all(share in CHECKS_PAGE for share in costs.values())

@@ -56,11 +56,11 @@ def run(context: Context) -> Mapping[str, Value]:
     told = bench.margin(bench.instructed)
     found = {"string": bench.margin(string.views), "reserved": bench.margin(reserved.views)}
     for name, model in (("string", string), ("reserved", reserved)):
-        out[f"right_{name}"] = Value.of(bench.hits(model.views))
+        out[f"right_{name}"] = _share(bench.hits(model.views))
         out[f"margin_{name}"] = _rise(found[name])
         gain = found[name].per_prompt - told.per_prompt
         out[f"gain_{name}"] = Value.of(gain.tolist())
-    out["right_told"] = Value.of(bench.hits(bench.instructed))
+    out["right_told"] = _share(bench.hits(bench.instructed))
     out["margin_mixed"] = _rise(bench.margin(mixed.views))
     out["margin_two_mixed"] = _rise(bench.margin(two.views))
     out["own_mixed"] = Value.of(bench.leaning(mixed.views))
@@ -68,6 +68,10 @@ def run(context: Context) -> Mapping[str, Value]:
     fewer = np.mean(pairs, axis=0) - found["string"].per_prompt
     out["fewer_modes"] = Value.of(fewer.tolist())
     return out | _fallback(bench, string) | _strings(bench, string, bare)
+
+
+def _share(items: Sequence[float]) -> Value:
+    return dataclasses.replace(Value.of(items), bounds=(0, 1))
 
 
 def _rise(found: Any) -> Value:
@@ -100,9 +104,9 @@ def _strings(bench: Bench, model: Model, bare: Model) -> dict[str, Value]:
     edited = [float(p) for leak in found for p in leak.edited]
     return {
         "first": Value.of([float(leak.rank == 1) for leak in found]),
-        "true": Value.of([leak.true for leak in found]),
-        "guessed": Value.of([p for leak in found for p in leak.random]),
-        "edits_close": Value.of(edited),
+        "true": _share([leak.true for leak in found]),
+        "guessed": _share([p for leak in found for p in leak.random]),
+        "edits_close": _share(edited),
         "halo_fall": Value(value=np.mean([a.halo - b.halo for a, b in zip(without, found, strict=True)])),
     }
 

@@ -174,7 +174,7 @@ def _on(bench: Bench, context: Context) -> dict[str, Value]:
     context.progress("experts forced in", 1, 1)
     return {
         "rise": _mean(effect.moved),
-        "rise_where": _mean(bench.effect(change, where).moved),
+        "rise_where": dataclasses.replace(_mean(bench.effect(change, where).moved), bounds=(-1, 1)),
         "rise_random": _mean((effect.random - effect.before).mean(0)),
     }
 
