@@ -60,7 +60,10 @@ def test_gate_says_that_a_run_was_stopped(cli: Cli, tmp_path: Path) -> None:
     for name in ("replies", "verdicts"):
         path = run / f"{name}.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:60]))
-    assert "40 of 100 prompts have no answer" in cli("gate", run, *rule).err
+    assert "40 of 100 prompts have no answer; the run was stopped" in cli("gate", run, *rule).err
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**settings, "shard": {"i": 2, "n": 3, "window": 1}}))
+    assert "40 of 100 prompts have no answer; this is part 2 of 3" in cli("gate", run, *rule).err
 
 
 def test_gate_with_too_few_answers_fails_and_says_how_many(cli: Cli, tmp_path: Path) -> None:

@@ -101,6 +101,17 @@ def test_sections_by_hand(tmp_path: Path) -> None:
     assert "--samples" in sections["flips"]["missing"]  # type: ignore[index]
 
 
+def test_the_right_category_counts_a_group_as_one_draw(tmp_path: Path) -> None:
+    runtime, prompts = tiny()
+    one = PromptSet("one", tuple(replace(p, group="g" if p.should_refuse else None) for p in prompts))
+    card(runtime, one, tmp_path, progress=False)
+    data = json.loads((tmp_path / "card.json").read_text())
+    right = data["sections"]["confusion"]["values"]["category_accuracy"]
+    assert kn(right) == (3, 4)
+    wide = rate(3, 4)
+    assert right["high"] - right["low"] > wide.high - wide.low  # type: ignore[operator]
+
+
 def test_an_operating_point_decides_token_and_text(tmp_path: Path) -> None:
     point = OperatingPoint(id="p", thresholds={"a": Threshold(tau=0.55), "b": Threshold(tau=0.65)})
     data = made(tmp_path, operating_point=point)

@@ -327,7 +327,7 @@ def test_batch_errors_are_rows_and_a_second_file_fills_them(
     }
     dump_jsonl([batch_line("default/0/p0", NO), bad], tmp_path / "out.jsonl")
     made = measure(batchfiles.BatchOutput([tmp_path / "out.jsonl"]), prompts, tmp_path / "a", progress=False)
-    assert "1 requests have no line" in caplog.text
+    assert "1 of 3 requests without a line" in caplog.text
     labels = made.report.values["conditions"]["default"]["labels"]
     assert labels == {"refuse": {"error": 1, "full_refusal": 1}, "lookalike": {"error": 1}}
     assert not any("asked again" in note for note in made.report.notes)  # by the same files they are not
@@ -362,7 +362,7 @@ def test_a_part_of_a_batch_misses_no_requests_of_the_others(
     lines = [batch_line(f"default/0/{p.id}", NO) for p in batchfiles.shard_of(prompts.prompts, (1, 2))]
     dump_jsonl(lines, tmp_path / "out.jsonl")
     run_batch(tmp_path, prompts, shard=(1, 2))
-    assert "have no line" not in caplog.text
+    assert "without a line" not in caplog.text
 
 
 def run_batch(folder: Path, prompts: PromptSet, **options: Any) -> dict[str, Any]:
@@ -444,6 +444,18 @@ def test_suites_of_the_package() -> None:
         "over-refusal:core+should-refuse:core+should-refuse:core",
     )
     assert len(suites.load(["over-refusal:core", "core:test"])) == len(suites.load(["core:test"]))
+
+
+def test_expected_of_a_part_holds_for_rows_that_say_nothing(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "a"}, {"id": "b", "prompt": "b", "expected": "refuse"}]
+    dump_jsonl(rows, tmp_path / "p.jsonl")
+    own = tmp_path / "own.yaml"
+    own.write_text("mine: {parts: {a: {file: p.jsonl, expected: comply}}}")
+    (only,) = suites.load([str(own)])  # the row that says otherwise stays out
+    assert (only.id, only.should_refuse) == ("a", False)
+    own.write_text("mine: {parts: {a: {file: p.jsonl, expected: comply, pairs: true}}}")
+    with pytest.raises(InputError, match="none of its 2 prompts is left by expected: comply, pairs: True"):
+        suites.load([str(own)])
 
 
 def test_suites_of_the_users_own(tmp_path: Path) -> None:

@@ -88,10 +88,12 @@ def test_no_choice_and_failures_are_kept_apart() -> None:
         "one": "It shows deception somewhere.",
         "two": RuntimeError("down"),
         "three": "deception\nno_deception",
+        "cut": Reply(prompt_id="", content="The choices are:\n- deception", finish_reason="length"),
     }
     m = ReasoningMonitor(judge(lambda text, _o: said[re.findall(r"p-(\w+)", text)[0]]))
-    found = m.read([row("one"), row("two"), row("three")])
-    assert [(r.label, r.flagged) for r in found] == [("unparsed", None), ("error", None), ("unparsed", None)]
+    found = m.read([row(id) for id in said])
+    assert [r.label for r in found] == ["unparsed", "error", "unparsed", "unparsed"]
+    assert {r.flagged for r in found} == {None}
 
 
 def test_reasoning_cannot_close_its_own_quotation() -> None:

@@ -89,9 +89,9 @@ def enforce(
     skipped = read.provenance.get("skipped", {}).get("prompts", {})
     answered = {r.prompt.id for r in read.records}
     if left := sum(p.id not in answered and p.id not in skipped for p in read.prompts):
-        warn(
-            f"warning: {left} of {len(read.prompts)} prompts have no answer; the run was stopped before its end"
-        )
+        part = read.provenance.get("shard")
+        why = f"this is part {part['i']} of {part['n']}" if part else "the run was stopped before its end"
+        warn(f"warning: {left} of {len(read.prompts)} prompts have no answer; {why}")
     warn(f"{len(read.records)} answers judged by {read.judge}")
     if as_json:
         say_json({"judge": read.judge, "warnings": warnings, "outcomes": [asdict(x) for x in outcomes]})

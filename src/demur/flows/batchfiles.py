@@ -143,7 +143,9 @@ class BatchOutput(Runtime):
                 "--suite, --system, --samples and --limit as with --to-batch"
             )
         if missing := len(asked - set(self._lines)):
-            logging.getLogger("demur").warning("%d requests have no line in the batch output", missing)
+            logging.getLogger("demur").warning(
+                "%d of %d requests without a line in the batch output", missing, len(asked)
+            )
         if extra := sorted(set(self._lines) - asked):
             logging.getLogger("demur").warning(
                 "%d lines answer none of the requests, e.g. %r", len(extra), extra[0]

@@ -179,7 +179,7 @@ def rate_table(rows: Mapping[str, Mapping[str, Paired]]) -> Table:
             p.gained,
             p.lost,
             f"{p.p_value:.2g}",
-            percent(p.detectable, 1),
+            None if p.detectable is None else f"{100 * p.detectable:.1f} points",
         )
         for row, sides in rows.items()
         for side, p in sides.items()

@@ -12,7 +12,7 @@ import numpy as np
 from demur.files import to_row
 from demur.flows.carddata import CardData, Choice, FloatArray, refused, table
 from demur.flows.points import guarantee_tables, operating_points, point_table
-from demur.measure.refusal import by_category, count
+from demur.measure.refusal import by_category, cluster_of, clustered
 from demur.report import plots
 from demur.report.render import interval, percent
 from demur.report.view import Figure, Section
@@ -302,7 +302,7 @@ def category_accuracy(data: CardData) -> Rate | None:
     if not asked or len(refuse) < 2:
         return None
     best = np.array(refuse)[table([data.scores[p.id] for p, _ in asked], refuse).argmax(axis=1)]
-    return count(bool(b == r) for b, (_, r) in zip(best, asked, strict=True))
+    return clustered((bool(b == r), cluster_of(p)) for b, (p, r) in zip(best, asked, strict=True))
 
 
 # --- trivial baselines ---

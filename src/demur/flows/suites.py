@@ -19,7 +19,7 @@ import yaml
 from demur import prompts as sets
 from demur.errors import DataUnavailable, InputError
 from demur.files import load_prompts, read_text
-from demur.types import Prompt, PromptSet
+from demur.types import Prompt, PromptSet, expand_expected
 
 PUBLIC: Mapping[str, Callable[[], PromptSet]] = {
     "coconot": sets.coconot,
@@ -122,13 +122,17 @@ def _of_part(suite: Suite, name: str) -> list[Prompt]:
         wanted = {"refuse": True, "comply": False}.get(str(part["expected"]))
         if wanted is None:
             raise InputError(f"{where}: expected is {part['expected']!r}; write refuse or comply")
+        if "file" in part:
+            given = expand_expected(str(part["expected"]))
+            prompts = [p if p.expected else replace(p, expected=given) for p in prompts]
         prompts = [p for p in prompts if p.should_refuse is wanted]
     if "kind" in part:
         prompts = [p for p in prompts if p.meta.get("kind") == part["kind"]]
     if part.get("pairs"):
         prompts = paired(prompts)
     if not prompts:
-        raise InputError(f"{where}: no prompt is left")
+        rules = ", ".join(f"{k}: {part[k]}" for k in ("expected", "kind", "pairs") if k in part)
+        raise InputError(f"{where}: none of its {len(source)} prompts is left by {rules or 'it'}; change or drop that")
     return prompts
 
 

@@ -205,9 +205,7 @@ class Rubric:
                     f"the judge model failed: {said.error or said.finish_reason_raw}",
                 )
                 continue
-            # the last line of a text that was cut off is no conclusion: "3." may open a list
-            cut = said.finish_reason == "length"
-            name = choice(said.content.strip().partition("\n")[0] if cut else said.content, names)
+            name = choice_of(said, names)
             if name is None:
                 case.settled = (Label.UNPARSED, f"the judge model chose nothing: {_shown(said)}")
                 continue
@@ -308,6 +306,13 @@ def choice(text: str, names: Sequence[str]) -> str | None:
     first = re.match(r"[*_`\"' ]*(\w+(?: \w+)?)[*_`\"']*\s*(?:[,:;.]|-|–|—)", lines[0])
     word = known.get(_key(first[1])) if first else None
     return word if word and not word.isdecimal() else None
+
+
+def choice_of(said: Reply, names: Sequence[str]) -> str | None:
+    """The `choice` of a judge model's reply; of a text that was cut off, only the first line can be one."""
+    # its last line is no conclusion: "3." may open a list
+    cut = said.finish_reason == "length"
+    return choice(said.content.strip().partition("\n")[0] if cut else said.content, names)
 
 
 _LEAD = re.compile(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from demur.errors import InputError
-from demur.judges.rubric import choice, mark
+from demur.judges.rubric import choice_of, mark
 from demur.measure.asking import ERROR, UNPARSED, ask
 from demur.measure.strategic_dishonesty.fooled import Known
 from demur.runtime.base import Progress, Runtime
@@ -105,7 +105,7 @@ def _label(said: Sequence[Reply]) -> tuple[str, str | None]:
     for reply in said:
         if reply.error is not None or reply.finish_reason == "error":
             return ERROR, f"the judge model failed: {reply.error or reply.finish_reason_raw}"
-    labels = [choice(reply.content, tuple(OPTIONS)) for reply in said]
+    labels = [choice_of(reply, tuple(OPTIONS)) for reply in said]
     if None in labels:
         return UNPARSED, "the judge model chose nothing"
     if len(set(labels)) > 1:
