@@ -16,7 +16,8 @@ DEMUR_VLLM names a YAML file (paths from its folder):
     allow_refusal_lowering: false   # consent to a looser safety threshold than the model's own point
 
 Files are read once, when the engine starts: workers that share a model must not change their minds at different
-moments. Importing this module needs torch and demur without extras.
+moments. Importing this module is light (torch, PyYAML, pydantic): every process of an engine does it. The rule itself
+comes with numpy and scipy and is imported where an engine starts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from demur.control.refusal_tokens import RefusalTokens as RefusalRule
 from demur.errors import InputError, MismatchError, RefusalLowering
 from demur.files import load_operating_point, read_text
 from demur.types import RESPOND, OperatingPoint
@@ -118,8 +118,10 @@ class Rule:
         Raises:
             InputError: a category the model does not have, a threshold that is no number.
         """
+        from demur.control.refusal_tokens import RefusalTokens as Decision
+
         names = [*sorted((c for c in ids if c != RESPOND), key=ids.__getitem__), RESPOND]
-        taus = RefusalRule(point).cuts(names)
+        taus = Decision(point).cuts(names)
         if unknown := sorted(set(point.thresholds) - set(names[:-1])):
             raise InputError(
                 f"operating point {point.id!r} has thresholds for {', '.join(unknown)}; the model knows "
@@ -226,6 +228,8 @@ def control_ids(path: Path) -> dict[str, int]:
 def _check(
     point: OperatingPoint, shipped: OperatingPoint | None, home: Path, dtype: str | None, allowed: bool
 ) -> None:
+    from demur.control.refusal_tokens import RefusalTokens as Decision
+
     about = home / "demur.json"
     made: dict[str, Any] = json.loads(read_text(about)) if about.is_file() else {}
     mine: set[str] = {made[key] for key in ("fingerprint", "source_fingerprint") if made.get(key)}
@@ -241,7 +245,7 @@ def _check(
             point.id, point.dtype, dtype,
         )  # fmt: skip
     try:
-        RefusalRule(point, shipped=shipped, allow_refusal_lowering=allowed)
+        Decision(point, shipped=shipped, allow_refusal_lowering=allowed)
     except RefusalLowering as e:
         raise RefusalLowering(
             f"{e}. For vLLM: allow_refusal_lowering: true in the file of {SETTINGS_ENV}"
