@@ -58,6 +58,18 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert got == ["text"]
 
 
+def test_standard_output_is_written_to_and_not_replaced_where_it_is_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("demur.files.tempfile.mkstemp", lambda **_: pytest.fail("a rename would replace it"))
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("what stands there would be cut off"))
+    print("before")
+    write_atomic("/dev/stdout", "text\n")
+    print("behind")
+    write_atomic("/dev/stderr", "other\n")
+    assert capsys.readouterr() == ("before\ntext\nbehind\n", "other\n")
+
+
 def test_the_hash_of_a_set_knows_images_and_tool_calls_and_stays_for_others() -> None:
     plain = Prompt.of("What is this?", id="a", category="c")
     call = Message(role="assistant", content="", tool_calls=({"name": "f"},))

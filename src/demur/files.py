@@ -309,6 +309,12 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file to write")
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    if (name := str(path)) in ("/dev/stdout", "/dev/stderr"):  # links, maybe to a file that is written to
+        stream = sys.stdout if name == "/dev/stdout" else sys.stderr
+        stream.flush()
+        stream.buffer.write(raw)
+        stream.buffer.flush()
+        return
     if path.exists() and not path.is_file():  # a rename would put a file in its place
         path.write_bytes(raw)
         return

@@ -77,3 +77,21 @@ def test_wrong_input_is_said(cli: Cli, tmp_path: Path) -> None:
     ):
         done = cli(*LAB, *args)
         assert done.code == 2 and said in done.err, (args, done.err)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("task", ["fit", "check"])
+def test_too_few_harmless_answers_are_told_before_any_work(
+    task: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from demur.control.any_depth import HeaderProbe, RefuseMass
+
+    def never(*_a: object, **_k: object) -> None:
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(HeaderProbe, "fit", never)
+    monkeypatch.setattr(RefuseMass, "scores", never)
+    few, other = write(tmp_path / "few.jsonl", 24, 1), write(tmp_path / "other.jsonl", 24, 2)
+    how = ("--select", other) if task == "fit" else ("--mass",)
+    done = cli(*LAB, task, other, *how, "--calibrate", few, "--depths", "2")
+    assert done.code == 2 and "12 harmless answers" in done.err and "needs 45 at least" in done.err

@@ -117,6 +117,9 @@ def test_planted_flips_are_found_exactly(tmp_path: Path) -> None:
     assert (side["n"], side["a"], side["b"], side["gained"], side["lost"]) == (40, 4, 6, 4, 2)
     assert side["difference"] == pytest.approx(0.05)
     assert made.values["rows"]["all"]["lookalike"] == side
+    cells = dict(zip(made.report.tables[0].columns, made.report.tables[0].rows[0], strict=True))
+    assert cells["change in points"].startswith("+5.0 [")
+    assert cells["would be found"] == f"{100 * side['detectable']:.1f} points"
     assert json.loads(made.json.read_text(encoding="utf-8")) == made.values
 
 

@@ -114,6 +114,9 @@ def test_an_error_that_was_answered_later_is_not_asked_again(tmp_path: Path) -> 
 
 def test_differing_reports_missing_keys() -> None:
     assert list(differing({"a": 1}, {"b": 2})) == ["a: 1 there, null now", "b: null there, 2 now"]
+    (long,) = differing({"a": "x" * 5000}, {})
+    assert len(long) < 400
+    assert long.endswith("... (5,002 characters) there, null now")
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:

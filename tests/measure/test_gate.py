@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -177,6 +179,9 @@ def test_change_fails_beyond_the_margin_only() -> None:
 def test_change_needs_pairs_enough_to_show_that_nothing_happened() -> None:
     # z^2 (1 - m) / m with z = 1.6449, m = 0.03
     assert needed_for_change(0.03, 0.05) == 88
+    status, message = one(run(9, 90), "over_refusal > baseline + 0.03", run(9, 90))
+    assert status == "pass"
+    assert re.search(r"; changes of \d+\.\d points are found in 80% of runs", message)
     status, message = one(run(0, 87), "over_refusal > baseline + 0.03", run(0, 87))
     assert status == "too few" and "88" in message
     assert one(run(0, 88), "over_refusal > baseline + 0.03", run(0, 88))[0] == "pass"

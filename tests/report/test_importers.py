@@ -91,6 +91,9 @@ def test_a_missing_answer_needs_a_reason_in_every_jsonl(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "Hi?", "response": null}')))
     with pytest.raises(InputError, match="line 1: needs `response`"):
         load_answers("-")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "Hi?"}')))
+    with pytest.raises(InputError, match=r"needs a column `response`; found columns prompt"):
+        load_answers("-")
     found = load_answers(jsonl(tmp_path / "a.jsonl", {"prompt": "Hi?", "response": None, "error": "timeout"}))
     assert (found.replies[0].content, found.replies[0].error) == ("", "timeout")
 
@@ -99,6 +102,7 @@ def test_a_missing_answer_needs_a_reason_in_every_jsonl(
     ("rows", "message"),
     [
         ([{"prompt": "x"}], "line 1: needs `response`"),
+        ([{"prompt": "x", "content": ["y"]}], "line 1: `content` is of type list"),
         ([{"response": "x"}], "line 1: needs `prompt`"),
         ([ROW, ROW], "line 2: id 'a' .* stands on line 1"),
         ([{**ROW, "verdict": "maybe"}], "verdict 'maybe' is none of"),

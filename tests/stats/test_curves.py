@@ -73,6 +73,14 @@ def test_auroc_interval_of_clusters_keeps_a_width_and_is_never_undefined():
     assert 0 <= low < 0.75 < high <= 1
 
 
+def test_pairs_within_a_cluster_do_not_push_the_estimate_out_of_its_interval():
+    # in each of 60 pairs the positive is just above its own negative, and says nothing beyond its pair
+    level = np.random.default_rng(0).normal(size=60)
+    scores, labels = np.r_[level + 1e-6, level], np.repeat([1, 0], 60)
+    low, high = auroc_interval(scores, labels, clusters=np.tile(np.arange(60), 2), n_boot=400)
+    assert low < auroc(scores, labels) < high
+
+
 def test_curve_by_hand():
     c = curve([0.0, 0.3, 0.5, 1.0], [False, True, False, True], [0, 0.3, 0.5, 0.51, 1, 1.01])
     assert c.refusal.tolist() == [1, 1, 0.5, 0.5, 0.5, 0]

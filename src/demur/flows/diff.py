@@ -191,7 +191,7 @@ def rate_table(rows: Mapping[str, Mapping[str, Paired]]) -> Table:
     note = (
         "Declined: anything but plain compliance, as the judge reads it. Change: with its 95% interval. "
         "p: exact McNemar test, not adjusted for the number of rows. Would be found: the smallest true change "
-        "that this many pairs show in 80% of runs. Answers to one prompt, and prompts of one source, count as "
+        "that this many pairs show in 80% of runs. Answers to one prompt, and prompts of one group, count as "
         "one where they move together."
     )
     return Table("How often each run declines", columns, lines, note)

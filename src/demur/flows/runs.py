@@ -330,5 +330,9 @@ def differing(old: Any, new: Any, path: str = "") -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
             yield from differing(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
-        there, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
+        there, now = (_short(json.dumps(value, ensure_ascii=False)) for value in (old, new))
         yield f"{path}: {there} there, {now} now"
+
+
+def _short(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

@@ -132,7 +132,9 @@ def _of_part(suite: Suite, name: str) -> list[Prompt]:
         prompts = paired(prompts)
     if not prompts:
         rules = ", ".join(f"{k}: {part[k]}" for k in ("expected", "kind", "pairs") if k in part)
-        raise InputError(f"{where}: none of its {len(source)} prompts is left by {rules or 'it'}; change or drop that")
+        raise InputError(
+            f"{where}: none of its {len(source)} prompts is left by {rules or 'it'}; change or drop that"
+        )
     return prompts
 
 

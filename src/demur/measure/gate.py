@@ -319,7 +319,9 @@ def _changed(rule: Rule, condition: str, pairs: Sequence[tuple[Record, Record]],
     low, high = score_interval(*made.effective, level=1 - 2 * alpha) if made.n else (None, None)
     needed = None if rule.part == "point" else needed_for_change(rule.limit, alpha)
     shown = f"{_points(made.difference)} against the baseline over {made.n} pairs"
-    note = f"changes of {100 * made.detectable:.1f} points are found in 80% of runs" if made.detectable else ""
+    note = (
+        f"changes of {100 * made.detectable:.1f} points are found in 80% of runs" if made.detectable else ""
+    )
     # An unchanged model may not fail: where no change would not meet the condition, the exact test decides too.
     exact = made.p_greater if rule.above else made.p_less
     also = exact <= alpha or (-rule.limit if rule.above else rule.limit) > 0

@@ -16,8 +16,8 @@ DEMUR_VLLM names a YAML file (paths from its folder):
     allow_refusal_lowering: false   # consent to a looser safety threshold than the model's own point
 
 Files are read once, when the engine starts: workers that share a model must not change their minds at different
-moments. Importing this module is light (torch, PyYAML, pydantic): every process of an engine does it. The rule itself
-comes with numpy and scipy and is imported where an engine starts.
+moments. Importing this module is light (torch, PyYAML, pydantic): every process of an engine does it. The rule
+itself comes with numpy and scipy and is imported where an engine starts.
 """
 
 from __future__ import annotations

@@ -54,23 +54,32 @@ def auroc_interval(
     """Interval of the AUROC: DeLong's variance on the logit scale, or the bootstrap when `clusters` is given.
 
     Perfect separation has DeLong variance zero; there the Hanley-McNeil variance at the hypothesised value is
-    inverted instead, so that the interval keeps a width. The same, with clusters for rows, stands in where the
-    resamples of clusters are all alike or too often without a class. None when a class is empty (DeLong needs
-    two each).
+    inverted instead, so that the interval keeps a width. The bootstrap's interval is moved by its bias; where its
+    resamples are all alike or too often without a class, the same inversion stands in, with clusters for rows.
+    None when a class is empty (DeLong needs two each).
 
     Reference: DeLong, DeLong and Clarke-Pearson 1988; Hanley and McNeil 1982.
     """
     pos, neg = split_scores(scores, positive)
     z = float(special.ndtri((1 + level) / 2))
     if clusters is not None and pos.size and neg.size:
+        drawn: list[float] = []
+
+        def resampled(s: FloatArray, y: FloatArray) -> float:
+            value = auroc(s, y)
+            drawn.append(np.nan if value is None else value)
+            return drawn[-1]
+
         low, high = bootstrap_interval(
-            _auroc_or_nan, scores, positive, clusters=clusters, n_boot=n_boot, seed=seed, level=level
+            resampled, scores, positive, clusters=clusters, n_boot=n_boot, seed=seed, level=level
         )
-        if low < high:
-            return low, high
+        area = float(_placements(pos, neg).mean())
+        if low < high:  # a cluster drawn twice is compared with itself, which moves all resamples one way
+            bias = float(np.nanmean(drawn)) - area
+            return max(low - bias, 0.0), min(high - bias, 1.0)
         of, yes = np.asarray(clusters), np.asarray(positive, bool)
         counts = len(np.unique(of[yes])), len(np.unique(of[~yes]))
-        return _score_interval(float(_placements(pos, neg).mean()), *counts, z)
+        return _score_interval(area, *counts, z)
     if pos.size < 2 or neg.size < 2:
         return None
     place_pos, place_neg = _placements(pos, neg), 1 - _placements(neg, pos)
@@ -130,11 +139,6 @@ def _placements(a: FloatArray, b: FloatArray) -> FloatArray:
     ordered = np.sort(b)
     below = np.searchsorted(ordered, a, side="left")
     return np.asarray((below + np.searchsorted(ordered, a, side="right")) / (2 * b.size), dtype=np.float64)
-
-
-def _auroc_or_nan(scores: FloatArray, positive: FloatArray) -> float:
-    value = auroc(scores, positive)
-    return float("nan") if value is None else value
 
 
 def _score_interval(area: float, n_pos: int, n_neg: int, z: float) -> tuple[float, float]:

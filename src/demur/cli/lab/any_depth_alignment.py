@@ -146,6 +146,7 @@ def _mass(
     if calibrate is None:
         return check
     rows, (fpr, delta) = _answers(runtime, calibrate), budget
+    _check_size(rows, calibrate, budget)
     scores, harmful = check.scores(runtime, rows, depths), [a.harmful for a in rows]
     check = check.calibrated(scores, harmful, fpr=fpr, delta=delta, on=Path(calibrate).name)
     warn(f"Threshold {check.threshold:.4f}. {check.guarantee}")
@@ -172,6 +173,19 @@ def _answers(runtime: LocalRuntime, file: str) -> list[Answer]:
     return [a if a.opens else replace(a, opens=RESPOND) for a in rows]
 
 
+def _check_size(rows: list[Answer], file: str, budget: tuple[float, float]) -> None:
+    """Too few answers to set a threshold on are an error before the model has read any."""
+    from demur.calibrate.learn_then_test import sample_size
+
+    fpr, delta = budget
+    harmless = sum(not a.harmful for a in rows)
+    if harmless < (needed := sample_size(fpr, delta)):
+        raise InputError(
+            f"{file} has {harmless} harmless answers; --fpr {fpr:g} with --delta {delta:g} needs {needed} at "
+            "least. Add harmless answers, or allow a larger --fpr or --delta"
+        )
+
+
 def _fit(
     runtime: LocalRuntime,
     file: str,
@@ -184,13 +198,15 @@ def _fit(
     from demur.control.any_depth import HeaderProbe
 
     answers, others = _answers(runtime, file), _answers(runtime, select)
-    probe = HeaderProbe.fit(runtime, answers, select=others, depths=depths)
     if calibrate is not None:
         rows = _answers(runtime, calibrate)
         if shared := {(a.prompt.text, a.text) for a in rows} & {
             (a.prompt.text, a.text) for a in (*answers, *others)
         }:
             raise InputError(f"{len(shared)} answers of {calibrate} were fitted or selected on; take others")
+        _check_size(rows, calibrate, budget)
+    probe = HeaderProbe.fit(runtime, answers, select=others, depths=depths)
+    if calibrate is not None:
         scores = probe.scores(runtime, rows, depths)
         fpr, delta = budget
         probe = probe.calibrated(

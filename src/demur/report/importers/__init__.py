@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def _rows(path: str | Path, prompts: PromptSet | None) -> list[Row]:
         return inspect_log.rows(log, str(path))
     found = [(f"line {n}", row) for n, row in read_rows(path)]
     if suffix == ".csv" and not any(c in row for _, row in found for c in RESPONSE_NAMES):
-        _check_header(path)
+        _check_columns(path, next(csv.reader(io.StringIO(read_text(path), newline="")), []))
     first: Mapping[str, Any] = found[0][1]
     if garak.is_row(first):
         return garak.rows(found, str(path))
@@ -74,11 +74,12 @@ def _rows(path: str | Path, prompts: PromptSet | None) -> list[Row]:
         return openai_batch.rows(found, str(path), prompts)
     if lm_eval.is_row(first):
         return lm_eval.rows(found, str(path))
+    if str(path) == "-":  # it cannot be read again for its header, nor be asked for its kind
+        _check_columns(path, sorted({c for _, row in found for c in row}))
     return found
 
 
-def _check_header(path: str | Path) -> None:
-    """A CSV whose answers are all empty has at least a column for them."""
-    header = next(csv.reader(io.StringIO(read_text(path), newline="")), [])
-    if not {*RESPONSE_NAMES, "verdict", "error"} & set(header):
-        raise InputError(f"{path}: needs a column `response`; found columns {', '.join(header)}")
+def _check_columns(path: str | Path, columns: Sequence[str]) -> None:
+    """Where all answers are empty, there is at least a column for them."""
+    if not {*RESPONSE_NAMES, "verdict", "error"} & set(columns):
+        raise InputError(f"{path}: needs a column `response`; found columns {', '.join(columns)}")

@@ -184,9 +184,11 @@ def _reply(row: dict[str, Any], name: str | None, sample: int, where: str) -> Re
     says_so = Path(where.rpartition(", line")[0]).suffix.lower() in (".jsonl", ".ndjson")
     text = row.pop(name) if name in row else (None if says_so else "")
     text = "" if text is None and extra else text
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{where}: `{name}` is of type {type(text).__name__}; an answer is text")
+    if text is None:
         raise InputError(
-            f"{where}: needs `response` (text); found columns {', '.join(sorted(row)) or 'none'}"
+            f"{where}: needs `{name or RESPONSE_NAMES[0]}` (text); found columns {', '.join(sorted(row)) or 'none'}"
         )
     if _LEFT_OUT.fullmatch(text):
         raise InputError(
