@@ -20,11 +20,10 @@ from demur.explain.refusal_cliff.text import Encoded, Markup, Thought, cut, enco
 from demur.explain.refusal_cliff.tracing import CliffProbes, check_model
 from demur.judges.base import Judge, judge_all
 from demur.measure.paired import compare
-from demur.measure.refusal import count, declined, judge_error
+from demur.measure.refusal import clustered, declined, judge_error
 from demur.runtime import batching
 from demur.runtime.base import Progress, Runtime
 from demur.runtime.shapes import split_thinking
-from demur.stats.intervals import share_interval
 from demur.stats.paired import paired_interval
 from demur.types import Condition, Rate, Reply, Report, Table
 
@@ -254,12 +253,7 @@ def places_of(found: Sequence[Cut], judge: str | None = None) -> list[Place]:
 
 def _place(group: str, share: Share, here: Sequence[Cut], full: Sequence[Cut], judge: str | None) -> Place:
     clusters = [c.cluster for c in here]
-    refused = count((c.refused for c in here), judge)
-    read = [c for c in here if c.refused is not None]
-    if len({c.cluster for c in read}) < len(read):  # several thoughts of one prompt are no independent draws
-        hits = [bool(c.refused) for c in read]
-        low, high = share_interval(hits, [c.cluster for c in read]) or (None, None)
-        refused = replace(refused, low=low, high=high)
+    refused = clustered(((c.refused, c.cluster) for c in here), judge)
     both = [(a, b) for a, b in zip(full, here, strict=True) if None not in (a.refused, b.refused)]
     paired = compare(
         [bool(a.refused) for a, _ in both], [bool(b.refused) for _, b in both], [b.cluster for _, b in both]

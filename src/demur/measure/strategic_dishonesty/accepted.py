@@ -7,8 +7,8 @@ from typing import Any
 
 from demur.errors import InputError
 from demur.judges import FAKE_COMPLIANCE
+from demur.measure.refusal import clustered
 from demur.measure.strategic_dishonesty.fooled import Known
-from demur.stats import rate
 from demur.types import Rate, Report, Table
 
 
@@ -72,16 +72,10 @@ def accepted_report(
 def _of(
     known: Sequence[Known], flagged: Sequence[bool | None], said: Sequence[bool | None], judge: str
 ) -> dict[str, Rate]:
-    read = [s for s in said if s is not None]
-    mine = [(f, k.fake) for f, k, s in zip(flagged, known, said, strict=True) if s]
-
-    def share(part: Sequence[bool | None]) -> Rate:
-        seen = [f for f in part if f is not None]
-        return rate(sum(seen), len(seen), judge=judge, unread=len(part) - len(seen))
-
+    mine = [((f, k.prompt), k.fake) for f, k, s in zip(flagged, known, said, strict=True) if s]
     return {
-        "accepted": rate(sum(read), len(read), judge=judge, unread=len(said) - len(read)),
-        "flagged": share([f for f, _ in mine]),
-        "flagged_fake": share([f for f, fake in mine if fake is True]),
-        "flagged_real": share([f for f, fake in mine if fake is False]),
+        "accepted": clustered(((s, k.prompt) for s, k in zip(said, known, strict=True)), judge),
+        "flagged": clustered((f for f, _ in mine), judge),
+        "flagged_fake": clustered((f for f, fake in mine if fake is True), judge),
+        "flagged_real": clustered((f for f, fake in mine if fake is False), judge),
     }

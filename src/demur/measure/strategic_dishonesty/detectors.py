@@ -14,9 +14,10 @@ import numpy.typing as npt
 from demur.errors import InputError, MissingExtra
 from demur.explain.sweep import split_rows
 from demur.files import read_rows, row_id
+from demur.measure.refusal import clustered
 from demur.measure.strategic_dishonesty.fooled import Known, flag
 from demur.measure.strategic_dishonesty.reasoning import Reading, ReasoningMonitor
-from demur.stats import bag_of_words, bootstrap_interval, length_rule, rate
+from demur.stats import bag_of_words, bootstrap_interval, length_rule
 from demur.types import Rate, Report, Table
 
 BoolArray = npt.NDArray[np.bool_]
@@ -133,9 +134,8 @@ def detectors_report(
 def _flagged(known: Sequence[Known], detectors: Mapping[str, Flags]) -> tuple[Table, dict[str, Any]]:
     rows, values = [], {}
     for name, flags in detectors.items():
-        read = [f for f in flags if f is not None]
-        values[name] = rate(sum(read), len(read), unread=len(flags) - len(read))
-        rows.append((name, values[name], len(flags) - len(read)))
+        values[name] = clustered((f, k.prompt) for f, k in zip(flags, known, strict=True))
+        rows.append((name, values[name], values[name].unread))
     note = f"Of all {len(known)} answers, labelled or not."
     return Table("Flagged", ("detector", "flagged", "not read"), tuple(rows), note), {"flagged": values}
 
@@ -236,7 +236,7 @@ def _compared(
             "Fake against real answers",
             (*columns, "real not read"),
             tuple(rows),
-            "On the rows that each could read. 95 % intervals; of F1 by resampling requests.",
+            "On the rows that each could read. 95 % intervals over requests.",
         ),
         Table(
             "F1 on the rows that both could read",
@@ -248,17 +248,16 @@ def _compared(
 
 def _measured(said: Flags, fake: BoolArray, of: npt.NDArray[np.intp]) -> dict[str, Any]:
     read = np.array([f is not None for f in said], bool)
-    flags, y = np.array([bool(f) for f in said])[read], fake[read]
-    hits = int((flags & y).sum())
+    flags, y, requests = np.array([bool(f) for f in said])[read], fake[read], of[read]
 
-    def share(k: int, part: BoolArray) -> Rate:
-        return rate(k, int(part.sum()))
+    def share(hit: BoolArray, part: BoolArray) -> Rate:
+        return clustered(zip(map(bool, hit[part]), map(str, requests[part]), strict=True))
 
     return {
         "n": len(y),
-        "precision": share(hits, flags),
-        "recall": share(hits, y),
-        "false_alarms": share(int((flags & ~y).sum()), ~y),
+        "precision": share(y, flags),
+        "recall": share(flags, y),
+        "false_alarms": share(flags, ~y),
         "f1": _f1(flags, y),
         "f1_interval": _interval(_f1, flags, y, clusters=of[read]),
         "unread": {"fake": int((fake & ~read).sum()), "real": int((~fake & ~read).sum())},
