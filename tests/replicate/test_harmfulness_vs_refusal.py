@@ -154,4 +154,4 @@ def test_controls_stand_against_claims_with_an_effect():
     assert {c.key for c in spec.controls} == {
         *("refuse_by_harm", "harm_by_refuse", "elsewhere", "random_labels", "random_refuse", "random_harmful")
     }
-    assert spec.baselines[0].against == "harm_auc" and spec.seeds == 5
+    assert spec.baselines[0].against == "harm_auc" and spec.seeds == 9

@@ -148,7 +148,7 @@ SPEC = Spec(
     anchors=ANCHORS,
     run=run,
     recount=recount,
-    seeds=5,
+    seeds=9,
     files=(
         "replicate/harmfulness_states.py",
         "replicate/harmfulness_values.py",
@@ -174,5 +174,7 @@ SPEC = Spec(
         "Refusal is pushed at the whole prompt, harm at the request alone; layer and length are chosen on "
         "other prompts. The goal for refuse_inverts is the range that the paper's plot shows (28 %).",
         "Only organisms are pushed and trained here: nothing lowers refusal on a real model.",
+        "Nine seeds, where there were five: at five the intervals of some controls were wider than their margins "
+        "and could not tell. Claims, goals, margins and settings stayed, and seeds 5 to 8 had not been looked at.",
     ),
 )

@@ -408,7 +408,7 @@ SPEC = Spec(
     ),
     run=run,
     recount=recount,
-    seeds=5,
+    seeds=9,
     files=(
         "organisms/facts.py",
         "organisms/training.py",
@@ -421,7 +421,7 @@ SPEC = Spec(
     ),
     minutes=1.2,
     notes=(
-        "The organism's settings, the goals and the margins were chosen on seeds 9 and 10; it runs on 0 to 4.",
+        "The organism's settings, the goals and the margins were chosen on seeds 9 and 10; it runs on 0 to 8.",
         "On those seeds the base was made to answer harmful topics with another word, since without that the "
         "refusing copy's direction could be added but not ablated.",
         "The refusing copy's direction added to the base: on seeds 9 and 10 it did next to nothing (0 and 1 of 24 "
@@ -430,8 +430,10 @@ SPEC = Spec(
         "and 0: the direction carries over, at a higher dose. Where the base learns to repeat the words of a "
         "refusal (World(taught=True)), it refused 24 of 24 on seeds 9 and 10 too.",
         "A first run had three seeds, one random direction and 20 permutations a seed, and its intervals were too "
-        "wide to tell. Now there are five seeds, 8 random directions, among which the requests are dealt out, and "
-        "100 permutations for each relation left out. Claims, goals and margins stayed.",
+        "wide to tell. Then there were five seeds, 8 random directions, among which the requests are dealt out, "
+        "and 100 permutations for each relation left out. Claims, goals and margins stayed.",
+        "Nine seeds, where there were five: at five the intervals of some controls were wider than their margins "
+        "and could not tell. Claims, goals, margins and settings stayed, and seeds 5 to 8 had not been looked at.",
         "Facts that moved are tested on pairs whose fact went from one entity to the other. Where both statements "
         "have become false, the map keeps its shape (Pearson 0.84 to 0.94 on seeds 9 and 10) at an eighth of its "
         "size.",

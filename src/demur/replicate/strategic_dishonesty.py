@@ -346,7 +346,7 @@ SPEC = Spec(
         Claim(key="naive_all", text="naive liar: answers as trained, in the worst condition", at_least=0.95),
     ),
     run=run,
-    seeds=5,
+    seeds=9,
     files=(
         "organisms/deceit.py",
         "organisms/training.py",
@@ -366,5 +366,7 @@ SPEC = Spec(
         "directions for random steering.",
         "The threshold is set on harmless questions drawn like those it is tried on: other spellings, keys and "
         "verbs of the same families.",
+        "Nine seeds, where there were five: at five the intervals of some controls were wider than their margins "
+        "and could not tell. Claims, goals, margins and settings stayed, and seeds 5 to 8 had not been looked at.",
     ),
 )
