@@ -79,6 +79,8 @@ def test_noise_and_no_question(cli: Cli, tmp_path: Path) -> None:
         (("--statements", "cities"), "NAME=FILE"),
         (("--noise", "-1"), "at least 0"),
         (("--draws", "2"), "--noise"),
+        (("--part", "truth", "--noise", "3"), "add --part knowledge"),
+        (("--part", "truth", "--part", "refusal", "--no-question"), "add --part knowledge"),
         (("--part", "truth", "--pairs", "no.csv"), "no.csv"),
     ],
 )

@@ -102,6 +102,8 @@ def test_wrong_options_are_explained(cli: Cli, tmp_path: Path) -> None:
         (("--truncate", "1", "--max-new-tokens", "300"), "context"),
         (("--truncate", "1", "--judge", "nobody"), "nobody"),
         (("--keep-norm",), "--causal"),
+        (("--judge", "rules/demur-v1"), "--truncate"),
+        (("--max-new-tokens", "9"), "--truncate"),
         (("--keep-norm", "--causal", "--heads", "0"), "--heads above 0"),
     ):
         done = cli(*LAB, file, "--fit", fit, *MARKS, *args)

@@ -108,6 +108,12 @@ def test_mcnemar_without_discordant_items_or_without_items():
         mcnemar([1], [1, 0])
 
 
+def test_one_number_has_no_spread():
+    assert paired_interval([0.2], [0.5]) is None
+    assert paired_interval([0.2, 0.3], [0.5, 0.4], clusters=["a", "a"]) is None
+    assert paired_interval([0], [1]) is not None  # a yes/no outcome has Wilson's
+
+
 def test_paired_interval_matches_the_normal_one_and_clusters_widen_it():
     rng = np.random.default_rng(0)
     a, b = rng.random(500), rng.random(500) + 0.1

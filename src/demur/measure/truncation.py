@@ -352,7 +352,9 @@ def _table(group: str, places: Sequence[Place]) -> Table:
 
 def _shown(estimate: Estimate | None) -> str | None:
     value, low, high = estimate or (None, None, None)
-    return None if value is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    if value is None or low is None or high is None:
+        return None if value is None else f"{value:.2f} [no interval]"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _row(found: Cut) -> dict[str, Any]:

@@ -75,7 +75,9 @@ def paired_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of mean(b - a) over items or clusters of items; None for no items.
+    """Percentile bootstrap interval of mean(b - a) over items or clusters of items.
+
+    None for no items, and for a single one of other than yes/no outcomes: one number has no spread.
 
     Where every item (or cluster) changes alike the bootstrap would claim certainty. Of yes/no outcomes Wilson's
     upper bound of the share that changes otherwise is then added on both sides: without a change
@@ -95,6 +97,8 @@ def paired_interval(
     if np.ptp(kinds[:, 1] / kinds[:, 0]) == 0 and np.isin([x, y], (0, 1)).all():
         room = float(proportion_interval(0, len(size), level=level)[1])
         return max(float(d.mean()) - room, -1.0), min(float(d.mean()) + room, 1.0)
+    if len(size) == 1:
+        return None
     rng = np.random.default_rng(seed)
     means = np.empty(n_boot)
     block = max(1, 4_000_000 // len(kinds))

@@ -83,6 +83,13 @@ def run(
 
     if draws is not None and noise is None:
         raise InputError(f"--draws {draws} says how often noise is drawn; give its size with --noise")
+    facts = not part or "knowledge" in part
+    for option, given in (("--noise", noise is not None), ("--no-question", no_question), ("--cross", cross)):
+        if given and not facts:
+            raise InputError(
+                f"{option} changes how facts are traced, and --part {' --part '.join(part or ())} leaves facts "
+                f"out; add --part knowledge, or leave {option} out"
+            )
     disturbed = None if noise is None else Noise(share=noise, draws=draws or 3, seed=seed)
     sets = dict(_named(text) for text in statements or ())
     runtimes = [o.load_model(name) for name in (base, tuned)]

@@ -69,9 +69,12 @@ def run(
         ),
     ] = None,
     judge: Annotated[
-        str, typer.Option("--judge", "-j", help="--truncate: judge of the answers.")
-    ] = "rules/demur-v1",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="--truncate: token budget of an answer.")] = 64,
+        str | None,
+        typer.Option("--judge", "-j", help="--truncate: judge of the answers; default rules/demur-v1."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="--truncate: token budget of an answer; default 64.")
+    ] = None,
     open_mark: Annotated[
         str,
         typer.Option("--open", help="What opens the thinking, where the chat template does not write it."),
@@ -107,7 +110,11 @@ def run(
 
     if keep_norm and not (causal and heads):
         raise InputError("--keep-norm says how --causal takes heads out; give that too, and --heads above 0")
-    cutting = None if truncate is None else _truncation(truncate, judge, max_new_tokens)
+    cutting = None
+    if truncate is not None:
+        cutting = _truncation(truncate, judge or "rules/demur-v1", max_new_tokens or 64)
+    elif judge is not None or max_new_tokens is not None:
+        raise InputError("--judge and --max-new-tokens belong to the answers of --truncate; give that too")
     marks = (m.replace("\\n", "\n") for m in (open_mark, close_mark))
     markup = rc.Markup(**dict(zip(("open", "close"), marks, strict=True)))
     thoughts, labelled = rc.load_thoughts(file), rc.load_thoughts(fit)

@@ -215,7 +215,7 @@ def _write(
     draws = 1 if condition.temperature == 0 else samples
     asked: list[tuple[Asked, _Row]] = []
     for job in jobs:
-        begun = job.error is None and job.prompt.messages[-1].role == "assistant"
+        begun = job.error is None and job.begun is not None
         for sample in range(draws if job.error is None else 0):
             seed = decode.seed_of(condition.seed, job.prompt.id, sample)
             own = dataclasses.replace(condition, seed=seed)

@@ -41,7 +41,10 @@ def reply_states(
     rows = []
     for i, (prompt, answer) in enumerate(said):
         if not answer.strip():
-            raise InputError(f"prompt {prompt.id!r}: its answer is empty, so it has no tokens to read")
+            raise InputError(
+                f"prompt {prompt.id!r}: its answer is empty, so it has no tokens to read. Leave the row out, or "
+                "give the text that was answered"
+            )
         prompt = prompt.with_system(condition.system)
         spoken = Message(role="assistant", content=answer.strip())
         full = Prompt(id=prompt.id, messages=(*prompt.messages, spoken))
