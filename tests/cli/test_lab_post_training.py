@@ -80,6 +80,7 @@ def test_noise_and_no_question(cli: Cli, tmp_path: Path) -> None:
         (("--noise", "-1"), "at least 0"),
         (("--draws", "2"), "--noise"),
         (("--part", "truth", "--noise", "3"), "add --part knowledge"),
+        (("--part", "confidence", "--cross"), "leave --cross out"),
         (("--part", "truth", "--part", "refusal", "--no-question"), "add --part knowledge"),
         (("--part", "truth", "--pairs", "no.csv"), "no.csv"),
     ],

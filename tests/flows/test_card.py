@@ -121,6 +121,8 @@ def test_an_operating_point_decides_token_and_text(tmp_path: Path) -> None:
     assert kn(rows["all"]["lookalike"]) == (0, 4)
     labels = [p["label"] for p in data["sections"]["curve"]["values"]["all"]["points"]]  # type: ignore[index]
     assert labels == ["current", "model's own choice"]
+    lead = data["sections"]["curve"]["lead"]  # type: ignore[index]
+    assert lead.endswith("Filled circle: the current operating point; open circle: the model's own choice.")
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert {r["prompt_id"]: r["control_token"] for r in replies}["b2"] == "respond"
     assert all(r["control_forced"] for r in replies)

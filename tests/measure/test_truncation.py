@@ -252,3 +252,9 @@ def test_judges_that_cannot_read_these_answers_are_refused() -> None:
     people.id = "human:labels.jsonl"
     with pytest.raises(InputError, match="one label for each prompt"):
         Truncation(judge=people)
+
+
+def test_a_change_without_interval_is_shown_without_one() -> None:
+    assert truncation._shown(None) is None
+    assert truncation._shown((0.5, None, None)) == "0.50 [no interval]"
+    assert truncation._shown((0.5, 0.25, 0.75)) == "0.50 [0.25, 0.75]"

@@ -153,4 +153,4 @@ def test_minimum_detectable_difference_solves_its_equation_and_has_its_power():
 def test_no_warning_for_a_good_judge():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rogan_gladen(rate(5, 10), 0.95, 0.95)
+        assert rogan_gladen(rate(5, 10), 0.95, 0.95).value == pytest.approx(0.5)

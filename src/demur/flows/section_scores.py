@@ -138,13 +138,6 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
 
 
-_MARKS = {
-    "current": "filled circle, the current operating point",
-    "own": "open circle, the model's own choice",
-    "guaranteed": "open diamond, a guaranteed operating point",
-}
-
-
 def curve_section(data: CardData) -> Section:
     """The whole trade-off, the dial, each category's own curve, and the operating points on them."""
     head: dict[str, Any] = {"slug": "curve", "title": "The whole trade-off"}
@@ -167,8 +160,8 @@ def curve_section(data: CardData) -> Section:
         "harmless ones that resemble them."
     )
     if points:
-        drawn = dict.fromkeys(p["kind"] for p in points)
-        lead += f" Marked: {', '.join(_MARKS[kind] for kind in drawn)}."
+        drawn = "; ".join(plots.LEGEND[kind] for kind in dict.fromkeys(p["kind"] for p in points))
+        lead += f" {drawn[:1].upper()}{drawn[1:]}."
     if data.config["kind"] == "replies":
         lead += " The score is the column p_refuse that came with the answers."
     elif not data.has_control:

@@ -110,6 +110,12 @@ def trade_off(
 
 
 _SHAPES = {"current": ("circle", MARK), "own": ("circle", PAPER), "guaranteed": ("diamond", PAPER)}
+LEGEND = {
+    "current": "filled circle: the current operating point",
+    "own": "open circle: the model's own choice",
+    "guaranteed": "open diamond: a guaranteed operating point",
+}
+"""What the shape of each kind of point says, in words."""
 
 
 def _point_layers(points: Sequence[Point], x: Any, y: Any, labels: bool) -> list[Any]:
