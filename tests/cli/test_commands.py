@@ -380,9 +380,11 @@ def test_train_passes_files_recipe_and_folder_on(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def fit(self: Any, runtime: Any, train: Any, select: Any, out: Path, *, progress: Any) -> None:
+    def fit(
+        self: Any, runtime: Any, train: Any, select: Any, out: Path, *, start: Any, progress: Any
+    ) -> None:
         progress("training", 1, 2)
-        seen.update(recipe=self.recipe, runtime=runtime, n=(len(train), len(select)), out=out)
+        seen.update(recipe=self.recipe, runtime=runtime, n=(len(train), len(select)), out=out, start=start)
 
     monkeypatch.setattr("demur.train.refusal_tokens.RefusalTokens.fit", fit)
     (tmp_path / "r.yaml").write_text("rank: 4\nepochs: 9\n")
@@ -391,6 +393,14 @@ def test_train_passes_files_recipe_and_folder_on(
     assert done.code == 0, done.err
     assert (seen["recipe"].rank, seen["recipe"].epochs, seen["recipe"].contrast) == (4, 1, False)
     assert (seen["runtime"], seen["n"], seen["out"]) == (model, (160, 160), tmp_path / "a")
+    assert seen["start"] is None
+    done = cli("train", "refusal-tokens", prompts, "--select", prompts, *options, "--from", tmp_path / "none")
+    assert done.code == 2 and str(tmp_path / "none") in done.err
+    monkeypatch.setattr("demur.train.adapter.Adapter.load", lambda folder: f"adapter of {folder.name}")
+    done = cli(
+        "train", "refusal-tokens", prompts, "--select", prompts, *options, "--from", tmp_path / "first"
+    )
+    assert done.code == 0 and seen["start"] == "adapter of first"
 
 
 def test_unwritable_output(cli: Cli, model: ScriptedRuntime, prompts: Path, tmp_path: Path) -> None:

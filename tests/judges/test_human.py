@@ -32,6 +32,24 @@ def test_jsonl_of_harm_labels(tmp_path: Path) -> None:
     assert ask(path, "c") == ("unparsed", "harm", "no human label")
 
 
+def test_a_label_is_of_the_answer_under_one_condition(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("id,condition,label\na,plain,compliance\na,steered,full_refusal\nb,,compliance\n")
+    judge = judges.get(f"human:{path}")
+
+    def label(id: str, condition: str) -> str:
+        return judge.judge(Prompt.of("?", id=id), Reply(prompt_id=id, condition=condition)).label
+
+    assert [label("a", c) for c in ("plain", "steered", "other")] == [
+        "compliance",
+        "full_refusal",
+        "unparsed",
+    ]
+    assert label("b", "plain") == label("b", "plain") == "compliance"
+    with pytest.raises(InputError, match=r"names no condition.*'plain' and 'steered'; add a column"):
+        label("b", "steered")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

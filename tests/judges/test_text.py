@@ -284,8 +284,8 @@ Cambiamo argomento.
 Scusa, no.
 Sarebbe un reato.
 """.splitlines()
-SEEN_AS_ENGLISH = {"Impossible.", "Hors de question.", "Nones."}
-"""What is known to be missed: an English word, two words that English titles hold, a pun."""
+SEEN_AS_ENGLISH = {"Impossible."}
+"""What is known to be missed: an English word."""
 SHORT_ENGLISH = (
     """\
 No.|Nope.|Never.|Denied.|Impossible.|No way.|Not a chance.|Sorry, no.|Paris.|Bogotá.

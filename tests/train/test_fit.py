@@ -29,6 +29,7 @@ from demur.train.adapter import ROWS_FILE, Adapter
 from demur.train.refusal_tokens import (
     CARD,
     RefusalTokens,
+    answers_only,
     build_rows,
     control_of,
     is_lookalike,
@@ -146,6 +147,40 @@ def test_same_seed_same_bytes_and_base_untouched(folders: dict[str, Path], tmp_p
     assert fit(tmp_path / "third", epochs=1).fingerprint not in (again.fingerprint, other.fingerprint)
 
 
+def test_training_goes_on_from_an_adapter(folders: dict[str, Path], tmp_path: Path) -> None:
+    first = Adapter.load(folders["category"])
+    still = RefusalTokens(quick(lr=1e-30, row_lr=1e-30)).fit(
+        tiny_runtime(), TRAIN, SELECT, tmp_path / "still", start=first
+    )
+    assert still.about["started_from"] == first.fingerprint
+    for name, (A, B) in first.lora.items():
+        torch.testing.assert_close(still.lora[name][0], A, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(still.lora[name][1], B, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(still.output_rows, first.output_rows, atol=2e-3, rtol=1e-3)
+    rows = log(tmp_path / "still")
+    assert rows[0]["select_loss"] == pytest.approx(first.about["select_loss"], abs=5e-3)
+    more = RefusalTokens(quick()).fit(tiny_runtime(), TRAIN, SELECT, tmp_path / "more", start=first)
+    assert more.fingerprint != first.fingerprint
+    assert more.about["select_loss"] <= first.about["select_loss"] + 5e-3  # the best weights are kept
+
+
+def test_an_adapter_to_start_from_must_fit(folders: dict[str, Path], tmp_path: Path) -> None:
+    first, single = Adapter.load(folders["category"]), Adapter.load(folders["single"])
+
+    def go(start: Adapter, **changes: Any) -> None:
+        RefusalTokens(quick(**changes)).fit(tiny_runtime(), TRAIN, SELECT, tmp_path / "x", start=start)
+
+    with pytest.raises(
+        InputError, match="has the control tokens refuse, respond; these prompts need humanizing"
+    ):
+        go(single)
+    with pytest.raises(InputError, match="the recipe says 4 and"):
+        go(first, rank=4)
+    with pytest.raises(InputError, match="was trained on the base other"):
+        go(replace(first, base_fingerprint="other"))
+    assert not (tmp_path / "x").exists()
+
+
 def test_without_contrast_look_alikes_are_left_out(tmp_path: Path) -> None:
     adapter = fit(tmp_path, epochs=1, contrast=False)
     assert adapter.about["train_set"]["n"] == 192  # a quarter of the world are look-alikes
@@ -168,8 +203,11 @@ def test_half_precision_training_runs_and_progress_names_its_stages(tmp_path: Pa
     assert log(tmp_path)[-1]["select_auroc"] > 0.8
 
 
-def test_training_that_diverges_keeps_the_best_weights_or_says_so(tmp_path: Path) -> None:
+def test_training_that_diverges_keeps_the_best_weights_or_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     adapter = fit(tmp_path / "a", epochs=1, check_every=5, lr=1e20, row_lr=1e20)
+    assert "no step of the training did better on select than its start" in caplog.text
     rows = log(tmp_path / "a")
     assert adapter.about["selected_step"] == 0 and rows[0]["select_loss"] > 0
     assert [r["select_loss"] for r in rows[1:]] == [r["select_auroc"] for r in rows[1:]] == [None] * 4
@@ -263,6 +301,21 @@ def test_own_answers_are_made_once(tmp_path: Path) -> None:
     (tmp_path / "own_answers.jsonl").write_text("")  # a writer that was killed at once
     answers(runtime)
     assert made
+
+
+def test_own_answers_that_decline_are_not_taught_after_respond(tmp_path: Path) -> None:
+    prompts = [comply(f"egg {k}", k) for k in ("plain", "declines", "asks", "foreign", "mute")]
+    texts = [
+        "Boil it for six minutes.",
+        "I'm sorry, but I can't help with that.",
+        "Which egg do you mean?",
+        "卵",
+        "",
+    ]
+    replies = {p.id: Reply(prompt_id=p.id, content=t) for p, t in zip(prompts, texts, strict=True)}
+    kept = answers_only(replies, prompts)
+    assert [*kept] == ["plain", "foreign", "mute"]
+    assert all(kept[i] is replies[i] for i in kept)
 
 
 def test_variations_change_the_form_and_keep_the_label() -> None:

@@ -99,11 +99,15 @@ def test_a_key_that_cannot_be_written_is_said_before_training(tmp_path: Path) ->
     older = tmp_path / "older.key"
     older.write_text("{}")
     trainer, rows = MagicTokens(Recipe(**QUICK)), PromptSet("none", ())
-    with pytest.raises(OSError, match="directory"):
-        trainer.fit(tiny_runtime(), rows, tmp_path / "a", key=key(), key_file=tmp_path)
-    for file in (older, tmp_path / "new.key"):
-        with pytest.raises(InputError, match="no answer"):  # gets as far as the answers
+    for file, message in (
+        (older, "older.key is there already; its strings, which open another adapter"),
+        (tmp_path, "is there already"),
+        (tmp_path / "new.key", "no answer"),  # gets as far as the answers
+    ):
+        with pytest.raises(InputError, match=message):
             trainer.fit(tiny_runtime(), rows, tmp_path / "a", key=key(), key_file=file)
+    with pytest.raises(OSError, match="File exists"):
+        trainer.fit(tiny_runtime(), rows, tmp_path / "a", key=key(), key_file=older / "my.key")
     assert older.read_text() == "{}" and not (tmp_path / "new.key").exists()
 
 

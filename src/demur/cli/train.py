@@ -36,6 +36,10 @@ def refusal_tokens(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the adapter goes.")
     ] = Path("adapter"),
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FOLDER", help="An adapter of the same base to train on from."),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Training settings as YAML.")] = None,
     mode: Annotated[
         str | None, typer.Option(help="category, single (one refuse token) or none (baseline).")
@@ -50,15 +54,17 @@ def refusal_tokens(
     listed. Use the result with --adapter, for example demur card smollm2 --adapter FOLDER.
     """
     from demur.flows.asking import askable
+    from demur.train.adapter import Adapter
     from demur.train.refusal_tokens import Recipe, RefusalTokens
 
     given = {"mode": mode, "contrast": contrast, "epochs": epochs, "seed": seed}
     settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None}, Recipe)
     prompts, picks = o.load_prompt_file(file), o.load_prompt_file(select)
+    first = Adapter.load(start) if start else None
     runtime = o.load_model(model, base_only=True)
     prompts, picks = askable(runtime, prompts)[0], askable(runtime, picks)[0]
     with _stages() as report:
-        RefusalTokens(settings).fit(runtime, prompts, picks, out, progress=report)
+        RefusalTokens(settings).fit(runtime, prompts, picks, out, start=first, progress=report)
     warn(f"Adapter written to {out}. Next: demur card {model} --adapter {out}")
 
 

@@ -84,6 +84,8 @@ _ARTICLES = frozenset(_WORDS["articles"].split())
 _LOANS = frozenset(_WORDS["loans"].split())
 _ACCENTED = frozenset(_WORDS["accented"].split())
 _SHARED = {language: frozenset(words.split()) for language, words in _WORDS["shared"].items()}
+_FRENCH_REPLIES = frozenset(["non", "c'est non", "ben non", "hors de question", "pas mon rayon"])
+"""Whole replies whose words all stand in English names too."""
 _ELISION = frozenset(["c", "d", "j", "l", "m", "n", "qu", "s"])  # c'est, j'ai, n'est
 
 
@@ -105,7 +107,7 @@ def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
     ('es', None)
     """
     body, n, english, hits, bare, alone = _counted(text)
-    if body.strip(" .!\n\"'") in ("non", "c'est non"):
+    if body.strip(" .!\n\"'") in _FRENCH_REPLIES:
         return "fr"
     if not body.isascii() and (script := _script(body, n, english)):
         return script

@@ -10,7 +10,7 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from demur.runtime.layers import input_device
 from demur.runtime.local import LocalRuntime
 from demur.train.batch import alike, collate, forward, teach, token_loss
 from demur.train.refusal_tokens import Progress, Recipe, Row
@@ -36,6 +37,14 @@ class Trained:
     best_step: int
     best_loss: float | None
     log: list[dict[str, float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where training begins: control rows (input, output), both (K, d), and LoRA weights by module, if any."""
+
+    rows: tuple[Tensor, Tensor] | None
+    lora: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
 
 def working_copy(runtime: LocalRuntime, recipe: Recipe) -> LocalRuntime:
@@ -56,16 +65,18 @@ def train(
     rows: Sequence[Row],
     select: Sequence[Row],
     names: Sequence[str],
-    start: tuple[Tensor, Tensor] | None,
+    start: Start,
     first_id: int,
     recipe: Recipe,
     note: Progress,
 ) -> Trained:
     """Fine-tune the model of a `working_copy`; keep the weights with the lowest control loss on `select`."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     torch.manual_seed(recipe.seed)
     base = runtime.model
+    if input_device(base).type == "cpu":  # the fused kernel's backward pass is slow there on short rows
+        base.set_attn_implementation("eager")
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
@@ -75,7 +86,9 @@ def train(
     )
     with _quiet():
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
-    control = Rows(*start, first_id) if start else None
+        if start.lora:
+            set_peft_model_state_dict(model, _peft_names(start.lora))
+    control = Rows(*start.rows, first_id) if start.rows else None
     if control is not None:
         model.add_module("demur_control_rows", control)
 
@@ -192,6 +205,15 @@ def _settings(recipe: Recipe, n: int, scratch: str) -> Any:
         gradient_checkpointing=False,  # TRL turns it on; it also switches off the cache that prefixes need
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def _peft_names(lora: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """LoRA weights by module under the names that PEFT loads."""
+    return {
+        f"base_model.model.{name}.lora_{part}.weight": weight
+        for name, pair in lora.items()
+        for part, weight in zip("AB", pair, strict=True)
+    }
 
 
 def _target_names(lora: dict[str, Tensor]) -> list[str]:

@@ -138,12 +138,13 @@ class MagicTokens:
             allow_refusal_lowering: consent to answers that do not decline prompts that should be refused.
 
         Raises:
-            InputError: no answers for a mode, a string that the tokenizer does not know, a runtime with edits.
+            InputError: no answers for a mode, a string that the tokenizer does not know, a runtime with edits, a
+                file of secret strings that is there already.
             RefusalLowering: see `allow_refusal_lowering`. MissingExtra: the extra `train` is not installed.
         """
         tuning._require_training()
         tuning._require_bare(runtime)
-        from demur.train.loop import train, working_copy
+        from demur.train.loop import Start, train, working_copy
 
         recipe, folder, note = self.recipe, Path(out), progress or (lambda *_: None)
         first_id = runtime.model.get_input_embeddings().weight.shape[0]
@@ -157,7 +158,7 @@ class MagicTokens:
         rows = build_rows(runtime, prompts, answers, key, recipe)
         start = _start(runtime, key) if key.kind == "reserved" else None
         began = time.monotonic()
-        result = train(work, rows, [], [], start, first_id, settings, note)
+        result = train(work, rows, [], [], Start(start), first_id, settings, note)
         about = {
             "schema_version": 1,
             "method": CARD.slug,
@@ -189,12 +190,15 @@ def key_path(folder: str | Path, kind: Kind, key_file: str | Path | None = None)
 
 
 def _writable(path: Path) -> None:
-    """Raise `OSError` where a key cannot be written: behind the training its strings would be lost."""
-    new = not path.exists()
+    """Raise before the training where a key could not be written behind it, or only over another one."""
+    if path.exists():
+        raise InputError(
+            f"{path} is there already; its strings, which open another adapter, would be lost. Name another file "
+            "for the key, or move that one away"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-    if new:
-        path.unlink()
+    path.unlink()
 
 
 def check_modes(recipe: Recipe) -> None:

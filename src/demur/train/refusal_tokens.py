@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Literal
 from demur.errors import CapabilityError, InputError, MissingExtra
 from demur.files import dump_jsonl, from_row, iter_jsonl, write_atomic
 from demur.train.adapter import Adapter, save_adapter
-from demur.types import RESPOND, Card, Condition, Prompt, PromptSet, Reply
+from demur.types import DECLINING, RESPOND, Card, Condition, Prompt, PromptSet, Reply
 
 CARD = Card(
     slug="refusal-tokens",
@@ -133,6 +134,7 @@ class RefusalTokens:
         select: PromptSet,
         out: str | Path,
         *,
+        start: Adapter | None = None,
         progress: Progress | None = None,
     ) -> Adapter:
         """Train and write an adapter folder; the runtime's model is left as it was.
@@ -141,6 +143,8 @@ class RefusalTokens:
             runtime: a bare `LocalRuntime`. prompts: training rows; refusals need `reference` (the answer to
                 learn), `category` names the refuse token. select: rows for early stopping, never fitted on.
             out: folder for the adapter and the loss log.
+            start: an adapter with the same control tokens to train on from, instead of a fresh LoRA and
+                closed-form control rows. Own answers are still the bare base's.
             progress: called with the stage's name, what is done and the total.
 
         Returns:
@@ -148,28 +152,42 @@ class RefusalTokens:
 
         Raises:
             InputError: only refusals or only answers, a refusal without answer or category, a category that
-                `prompts` lacks, prompts in both sets, a runtime with edits.
+                `prompts` lacks, prompts in both sets, a runtime with edits, a `start` with other control
+                tokens, rank, alpha or base.
             CapabilityError: not a local runtime. MissingExtra: the extra `train` is not installed.
         """
         _require_training()
         _require_bare(runtime)
-        from demur.train.loop import train, working_copy
+        from demur.train.loop import Start, train, working_copy
         from demur.train.rows import initial_rows
 
         recipe, folder = self.recipe, Path(out)
         prompts = self._usable(prompts, select)
         names = control_names(prompts, recipe.mode)
+        if start:
+            _check_start(start, runtime, names, recipe)
         _check_select(select, names, recipe.mode)
         note = progress or (lambda *_: None)
 
         work = working_copy(runtime, recipe)
-        answers = kept_answers(work, _sample_respond(prompts, recipe), recipe, folder, note)
+        asked = _sample_respond(prompts, recipe)
+        answers = answers_only(kept_answers(work, asked, recipe, folder, note), asked)
         rows = build_rows(runtime, prompts, answers, recipe)
         picks = [Row(runtime.chat.render(p).ids, control_of(p, recipe.mode), []) for p in select]
-        start = initial_rows(work, prompts, names, recipe, note) if names else None
+        if start:
+            begin = Start((start.input_rows, start.output_rows) if names else None, start.lora)
+        else:
+            begin = Start(initial_rows(work, prompts, names, recipe, note) if names else None)
         first_id = runtime.model.get_input_embeddings().weight.shape[0]
         began = time.monotonic()
-        result = train(work, rows, picks, names, start, first_id, recipe, note)
+        result = train(work, rows, picks, names, begin, first_id, recipe, note)
+        if names and result.best_step == 0:
+            logging.getLogger("demur").warning(
+                "no step of the training did better on %s than its start (control loss %.3f), which is kept; look "
+                "whether those prompts hold every kind of row that was trained on",
+                select.name,
+                result.best_loss,
+            )
         about = {
             "schema_version": 1,
             "method": CARD.slug,
@@ -178,6 +196,7 @@ class RefusalTokens:
             "base_fingerprint": runtime.fingerprint,
             "control_tokens": {n: first_id + i for i, n in enumerate(names)} or None,
             "recipe": dataclasses.asdict(recipe),
+            "started_from": start.fingerprint if start else None,
             "train_set": {"name": prompts.name, "hash": prompts.hash, "n": len(prompts)},
             "select_set": {"name": select.name, "hash": select.hash, "n": len(select)},
             "selected_step": result.best_step,
@@ -232,6 +251,27 @@ def is_lookalike(prompt: Prompt) -> bool:
         return False
     kind = prompt.meta.get("kind")
     return kind == "lookalike" if kind else prompt.category is not None
+
+
+def _check_start(start: Adapter, runtime: Any, names: Sequence[str], recipe: Recipe) -> None:
+    """An adapter to train on from must be of the same shape, with the same tokens, on the same base."""
+    ours = sorted(start.control.ids, key=start.control.ids.__getitem__) if start.control else []
+    if ours != [*names]:
+        raise InputError(
+            f"the adapter to start from has the control tokens {', '.join(ours) or 'none'}; these prompts "
+            f"need {', '.join(names) or 'none'}. Add rows of each of its categories, or train anew"
+        )
+    ranks = {A.shape[0] for A, _ in start.lora.values()}
+    if ranks != {recipe.rank} or start.scale != recipe.alpha / recipe.rank:
+        raise InputError(
+            f"the adapter to start from has rank {sorted(ranks)} and alpha/rank {start.scale:g}; the recipe "
+            f"says {recipe.rank} and {recipe.alpha / recipe.rank:g}. Set rank and alpha to its own"
+        )
+    if start.base_fingerprint and start.base_fingerprint != runtime.fingerprint:
+        raise InputError(
+            f"the adapter to start from was trained on the base {start.base_fingerprint}, {runtime.name!r} "
+            f"is {runtime.fingerprint}"
+        )
 
 
 def _check_select(select: PromptSet, names: Sequence[str], mode: str) -> None:
@@ -356,6 +396,17 @@ def own_answers(
         progress=lambda done, total: note("own answers", done, total or len(prompts)),
     )
     return {r.prompt_id: r for r in replies if not r.error and r.content}
+
+
+def answers_only(replies: Mapping[str, Reply], prompts: Sequence[Prompt]) -> dict[str, Reply]:
+    """The replies that answer, by the rules: a base that declines now and then would teach that after `respond`.
+
+    Texts in which the rules find no refusal, in any language, are kept.
+    """
+    from demur import judges
+
+    rules, of = judges.get("rules/demur-v1"), {p.id: p for p in prompts}
+    return {i: r for i, r in replies.items() if rules.judge(of[i], r).label not in DECLINING}
 
 
 def _require_bare(runtime: Any) -> None:
