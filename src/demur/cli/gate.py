@@ -66,6 +66,7 @@ def enforce(
         InputError: as `demur.measure.gate.gate` and `demur.flows.readrun.read_run`.
     """
     from demur.files import write_atomic
+    from demur.flows.diff import judge_note
     from demur.flows.readrun import read_run
     from demur.measure.gate import gate as check
     from demur.report.exports.junit import Case, to_junit
@@ -92,9 +93,17 @@ def enforce(
         part = read.provenance.get("shard")
         why = f"this is part {part['i']} of {part['n']}" if part else "the run was stopped before its end"
         warn(f"warning: {left} of {len(read.prompts)} prompts have no answer; {why}")
-    warn(f"{len(read.records)} answers judged by {read.judge}")
+    note = judge_note(read.judge)
+    warn(f"{len(read.records)} answers judged by {read.judge}. {note}")
     if as_json:
-        say_json({"judge": read.judge, "warnings": warnings, "outcomes": [asdict(x) for x in outcomes]})
+        say_json(
+            {
+                "judge": read.judge,
+                "judge_note": note,
+                "warnings": warnings,
+                "outcomes": [asdict(x) for x in outcomes],
+            }
+        )
     else:
         for case in cases:
             say(f"{case.status.upper():8} {case.name}\n         {case.message}")

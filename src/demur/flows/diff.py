@@ -58,6 +58,12 @@ class DiffResult:
     values: dict[str, Any]
 
 
+_IN_BOTH = (
+    "Its errors are in both runs and nothing is corrected for them: read the flips before believing a small "
+    "change."
+)
+
+
 def diff(
     run_a: str | Path | Run,
     run_b: str | Path | Run,
@@ -97,7 +103,8 @@ def diff(
     judged_by = judge_of([r for pair in joined.pairs for r in pair])
     rows, groups = by_row(both), flips(a, b, both, share=share)
     warnings = (*joined.warnings, *_settings(a, b), *_missing(joined))
-    verdict, note = _verdict(rows["all"], b.name), _judge_note(judged_by)
+    verdict = _verdict(rows["all"], b.name)
+    note = f"{judge_note(judged_by)} {_IN_BOTH}"
     tables, folded = (rate_table(rows),), (_label_table(joined.pairs), *_lists(a, b, joined))
     facts = (
         ("pairs of answers", str(len(joined.pairs))),
@@ -223,8 +230,8 @@ def _verdict(sides: Mapping[str, Paired], name: str) -> str:
     return " ".join(said) or "No answer could be read in both runs."
 
 
-def _judge_note(judge: str) -> str:
-    """One sentence on how far the judge can be trusted; its errors are in both runs."""
+def judge_note(judge: str) -> str:
+    """One sentence on how far the judge can be trusted."""
     known = [e for e in (judge_error(judge, should_refuse=s) for s in (False, True)) if e is not None]
     if not known:
         return f"How often {judge} errs has not been measured."
@@ -233,10 +240,7 @@ def _judge_note(judge: str) -> str:
         f"{percent(e.specificity.value)} of {e.specificity.n} answers"
         for e in known
     ]
-    return (
-        f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}. Nothing here is corrected "
-        "for that: read the flips before believing a small change."
-    )
+    return f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}."
 
 
 # --- flips ---

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log
 from typing import Literal
 
@@ -31,9 +31,10 @@ from scipy import special
 
 from demur.errors import InputError
 from demur.measure.paired import Matched, Paired, cluster_of, compare, match, score_interval
-from demur.measure.refusal import Record, declined
+from demur.measure.refusal import Record, clustered, declined, judge_error
 from demur.prompts import row_of
 from demur.report.render import percent
+from demur.types import Rate
 
 ALPHA = 0.05
 MEASURES = ("over_refusal", "refusal", "unread")
@@ -83,6 +84,8 @@ class Outcome:
         estimate: the share, or the change against the baseline. low, high: one-sided bounds of it.
         n, clusters: readable answers, and independent groups of them. needed: groups that decide the rule.
         unread: answers left out. paired: the comparison behind a rule against a baseline.
+        corrected, corrected_interval: the share with the judge's measured error taken out, and its 95% interval,
+            where that error is known. To be read beside the verdict, which is on what the judge said.
     """
 
     rule: Rule
@@ -97,6 +100,8 @@ class Outcome:
     needed: int | None
     unread: int
     paired: Paired | None = None
+    corrected: float | None = None
+    corrected_interval: tuple[float, float] | None = None
 
 
 def parse_rule(text: str) -> Rule:
@@ -261,9 +266,24 @@ def _share_of(rule: Rule, condition: str, records: Sequence[Record], alpha: floa
     low, high, worth = share_bounds(hits, clusters, alpha)
     needed = None if rule.part == "point" else needed_for_share(rule.limit, alpha)
     shown = f"{percent(share, 1)} of {len(hits)}{f' ({unread} unread)' if unread else ''}"
-    return _outcome(
-        rule, condition, (share, low, high), shown, "", worth, needed, len(hits), len(set(clusters)), unread
+    true = _corrected(rule, chosen, flags)
+    note = ""
+    if true and true.corrected is not None and true.corrected_interval:
+        ends = " to ".join(percent(x, 1) for x in true.corrected_interval)
+        note = f"with the judge's error taken out {percent(true.corrected, 1)}, 95% interval {ends}"
+    out = _outcome(
+        rule, condition, (share, low, high), shown, note, worth, needed, len(hits), len(set(clusters)), unread
     )
+    return replace(out, corrected=true.corrected, corrected_interval=true.corrected_interval) if true else out
+
+
+def _corrected(rule: Rule, records: Sequence[Record], flags: Sequence[bool | None]) -> Rate | None:
+    """The share of a rule on refusals with the judge's measured error taken out, as reports of a run have it."""
+    judges = {r.verdict.judge for r in records}
+    if rule.measure not in SIDES or len(judges) != 1:
+        return None
+    error = judge_error(min(judges), should_refuse=SIDES[rule.measure])
+    return clustered([(f, cluster_of(r)) for r, f in zip(records, flags, strict=True)], error=error)
 
 
 def share_bounds(
