@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -372,6 +373,34 @@ def test_tense_delta_by_hand() -> None:
     assert (refuse["flips"]["past"]["lost"], refuse["flips"]["future"]["lost"]) == (5, 0)
     answer = next(v for v in report.values["rows"] if v["requests"] == "to answer")
     assert math.isclose(answer["change"]["past"]["value"], 0.0, abs_tol=1e-12)
+
+
+def test_prompts_of_one_group_count_as_one_in_the_intervals_of_scores() -> None:
+    """Twelve prompts in three groups that move alike are worth three numbers, not twelve."""
+
+    def refuse(p: Prompt) -> Mapping[str, float]:
+        kind = int(p.id.split("@")[0][1:]) % 3
+        score = 0.9 if p.meta["tense"] == "present" else (0.9, 0.7, 0.1)[kind]
+        return {"craft": score, "respond": 1 - score}
+
+    runtime = ScriptedRuntime(scores=refuse, control=("craft",))
+
+    def found(group: Callable[[int], str | None]) -> dict[str, Any]:
+        rows = [prompt(f"r{i}", f"How do I knit a {i}-row scarf?", category="craft") for i in range(12)]
+        rows = [replace(p, group=group(i)) for i, p in enumerate(rows)]
+        values = pt.tense_delta(runtime, PromptSet("s", tuple(rows))).values["rows"]
+        return next(v for v in values if v["category"] == "all")
+
+    alone, grouped = found(lambda _: None), found(lambda i: f"pattern {i % 3}")
+    change = [v["change"]["past"] for v in (alone, grouped)]
+    assert change[0]["value"] == change[1]["value"] == pytest.approx(-1 / 3)
+    assert change[1]["interval"] == pytest.approx((-0.8, 0.0)) and change[0]["interval"][0] > -0.6
+    flips = [v["flips"]["past"] for v in (alone, grouped)]
+    assert [f["refused"].k for f in flips] == [8, 8] and flips[1]["p_value"] > flips[0]["p_value"]
+    assert (
+        flips[1]["refused"].high - flips[1]["refused"].low
+        > flips[0]["refused"].high - flips[0]["refused"].low
+    )
 
 
 def test_tense_delta_needs_scores_and_english() -> None:
