@@ -72,3 +72,12 @@ def test_a_small_base_can_be_grown_and_checked() -> None:
     organism = modes.grow_base(recipe, cache=False)
     assert set(organism.checks) == {"right", "default", "followed"}
     assert organism.checks["right"] < 0.9 and 0 <= organism.checks["followed"] < 0.5
+
+
+def test_more_requests_than_there_are_is_an_error() -> None:
+    world = ModeWorld()
+    assert len({p.text for p in world.prompts(576, seed=0)}) == 576
+    with pytest.raises(InputError, match="577 different requests asked for; the part 'test' holds 576"):
+        world.prompts(577, seed=0)
+    with pytest.raises(InputError, match="holds 1728"):
+        world.prompts(1729, seed=0, part="train")

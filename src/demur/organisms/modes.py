@@ -118,7 +118,14 @@ class ModeWorld:
         return np.where(x < 0, PAD, x), mask & (x >= 0)
 
     def prompts(self, n: int, seed: int, part: str = "test") -> PromptSet:
-        """n different requests without a system message."""
+        """n different requests without a system message.
+
+        Raises:
+            InputError: the part holds fewer.
+        """
+        holds = GROUPS * (PER_GROUP - 1 if part == "train" else 1) * FILLERS * ITEMS
+        if n > holds:
+            raise InputError(f"{n} different requests asked for; the part {part!r} holds {holds}")
         rng, rows = np.random.default_rng([seed, 3]), dict[tuple[int, ...], None]()
         while len(rows) < n:
             rows |= dict.fromkeys(map(tuple, self.draw(rng, n, part).tolist()))
