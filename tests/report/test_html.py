@@ -1,3 +1,4 @@
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -141,3 +142,13 @@ def test_no_label_breaks_a_drawing(word: str) -> None:
     svg = plots.heat_map([word, "b", word + "!"], ["c", word], [[1.0, 0.0]] * 3, name="h")
     assert svg.count("<svg") == 1
     assert len(re.findall(r"<text", svg)) >= 5
+
+
+def test_names_of_points_stay_apart_and_below_a_rising_curve() -> None:
+    at = lambda y: {"x": 0.1, "y": y, "label": "p", "kind": "own"}  # noqa: E731
+    ys = (0.5, 0.9, 0.88, 0.51)
+    below = plots.drops([at(y) for y in ys], 300)
+    assert min(below) >= 12
+    lines = sorted((1 - y) * 300 + d for y, d in zip(ys, below, strict=True))
+    assert all(b - a >= 17.9 for a, b in itertools.pairwise(lines))
+    assert below[1] == 12 and below[0] > 12  # the highest is not moved, the lower of a close pair is

@@ -105,7 +105,7 @@ def trade_off(
     layers.append(
         line.mark_line(color=REFUSE, strokeWidth=2.5, strokeJoin="round").encode(x=x, y=y, order="o:Q")
     )
-    layers += _point_layers(points, x, y, labels)
+    layers += _point_layers(points, x, y, drops(points, size[1]) if labels else None)
     return to_svg(alt.layer(*layers).properties(width=size[0], height=size[1]), name)
 
 
@@ -118,7 +118,21 @@ LEGEND = {
 """What the shape of each kind of point says, in words."""
 
 
-def _point_layers(points: Sequence[Point], x: Any, y: Any, labels: bool) -> list[Any]:
+def drops(points: Sequence[Point], height: float, first: float = 12, apart: float = 18) -> list[float]:
+    """How far below its point each name is written, in pixels: clear of the curve, which rises, and of other names.
+
+    >>> drops([{"x": 0.1, "y": 0.9, "label": "a", "kind": "own"}], 300)
+    [12.0]
+    """
+    out, last = [0.0] * len(points), float("-inf")
+    for i in sorted(range(len(points)), key=lambda i: -points[i]["y"]):
+        at = (1 - points[i]["y"]) * height
+        last = max(at + first, last + apart)
+        out[i] = round(last - at, 1)
+    return out
+
+
+def _point_layers(points: Sequence[Point], x: Any, y: Any, below: Sequence[float] | None) -> list[Any]:
     import altair as alt
 
     layers = []
@@ -130,12 +144,12 @@ def _point_layers(points: Sequence[Point], x: Any, y: Any, labels: bool) -> list
                 shape=shape, filled=True, fill=fill, stroke=MARK, strokeWidth=2, size=130, opacity=1
             ).encode(x=x, y=y)
         )
-        if labels:
+        if below:
             right = point["x"] < 0.5
             text = base.mark_text(
                 align="left" if right else "right",
                 dx=11 if right else -11,
-                dy=(12, -12, 28)[i % 3],  # names of points that lie close together stay apart
+                dy=below[i],
                 fontSize=13.5,
                 color=INK,
             )
