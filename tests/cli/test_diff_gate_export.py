@@ -47,7 +47,7 @@ def test_gate_codes_pass_fail_and_error(cli: Cli, tmp_path: Path) -> None:
     assert passed.code == 0 and passed.out.startswith("PASS")
     failed = cli("gate", run, "--fail-if", "over_refusal > 0.10", "--fail-if", "over_refusal > 0.30")
     assert failed.code == 1 and "FAIL" in failed.out and "PASS" in failed.out
-    assert "rules/demur-v1 against people's labels (xstest): on safe prompts it finds" in failed.err
+    assert "rules/demur-v1 against people's labels (xstest): on unsafe prompts it finds" in failed.err
     assert "with the judge's error taken out" in failed.out
     assert cli("gate", run, "--fail-if", "over_refusals > 0.10").code == 2
     assert cli("gate", run).code == 2

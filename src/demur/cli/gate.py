@@ -66,9 +66,9 @@ def enforce(
         InputError: as `demur.measure.gate.gate` and `demur.flows.readrun.read_run`.
     """
     from demur.files import write_atomic
-    from demur.flows.diff import judge_note
     from demur.flows.readrun import read_run
     from demur.measure.gate import gate as check
+    from demur.measure.refusal import judge_note
     from demur.report.exports.junit import Case, to_junit
 
     other = read_run(baseline, judge=judge, prompts=prompts).records if baseline is not None else None

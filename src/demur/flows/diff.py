@@ -20,7 +20,7 @@ from demur.flows.readrun import Run, read_run
 from demur.flows.runs import differing
 from demur.flows.section_texts import PLAIN_REFUSALS, SHOWABLE_REFUSALS
 from demur.measure.paired import Matched, Paired, compare_pairs, judge_of, match, readable
-from demur.measure.refusal import Record, declined, judge_error
+from demur.measure.refusal import Record, declined, judge_note
 from demur.prompts import GENERAL, row_of
 from demur.report.diffpage import Answer, DiffView, Flip, FlipGroup, to_html
 from demur.report.render import percent, plain
@@ -228,19 +228,6 @@ def _verdict(sides: Mapping[str, Paired], name: str) -> str:
             found = f"; {100 * p.detectable:.1f} points would be found" if p.detectable else ""
             said.append(f"No change is shown on the {what} ({span}{found}).")
     return " ".join(said) or "No answer could be read in both runs."
-
-
-def judge_note(judge: str) -> str:
-    """One sentence on how far the judge can be trusted."""
-    known = [e for e in (judge_error(judge, should_refuse=s) for s in (False, True)) if e is not None]
-    if not known:
-        return f"How often {judge} errs has not been measured."
-    parts = [
-        f"on {e.stratum} prompts it finds {percent(e.sensitivity.value)} of {e.sensitivity.n} refusals and "
-        f"{percent(e.specificity.value)} of {e.specificity.n} answers"
-        for e in known
-    ]
-    return f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}."
 
 
 # --- flips ---

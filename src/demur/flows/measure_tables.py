@@ -13,12 +13,11 @@ from itertools import combinations
 from typing import Any
 
 from demur.errors import InputError
-from demur.flows.section_texts import judge_note
+from demur.flows.section_texts import corrected_cell, error_values
 from demur.flows.suites import twins
 from demur.judges import material_warning
-from demur.measure.refusal import Flag, JudgeError, cluster_of, clustered, declined, judge_error
+from demur.measure.refusal import Flag, JudgeError, cluster_of, clustered, declined, judge_error, judge_note
 from demur.prompts import GENERAL, row_of
-from demur.report.render import percent
 from demur.types import UNREADABLE, Label, Prompt, Rate, Report, Table
 
 SIDES = {"refuse": True, "lookalike": False}
@@ -185,7 +184,7 @@ def report_of(tallies: Sequence[Tally], config: Mapping[str, Any]) -> Report:
         values={
             "model": config["model"]["name"],
             "judge": judge,
-            "judge_error": {side: _error_values(e) for side, e in errors.items()},
+            "judge_error": {side: error_values(e) for side, e in errors.items()},
             "prompts": len(tallies[0].prompts),
             "samples": config["samples"],
             "conditions": conditions,
@@ -201,7 +200,7 @@ def _rate_table(values: Mapping[str, Any], suffix: str) -> Table:
     for row, two in values["rates"].items():
         for side, r in two.items():
             if r.n or r.unread:
-                rows.append((row, EXPECTED[side], r, _corrected(r), r.unread))
+                rows.append((row, EXPECTED[side], r, corrected_cell(r), r.unread))
     if "unlabelled" in values:
         r = values["unlabelled"]
         rows.append(("(no expectation)", "–", r, None, r.unread))
@@ -232,19 +231,6 @@ def _flip_table(flips: Mapping[str, Mapping[str, Rate]], title: str) -> Table:
     return Table(title, ("category", "expected", "prompts that flip", "not read"), tuple(rows))
 
 
-def _corrected(r: Rate) -> str | None:
-    if r.corrected is None or r.corrected_interval is None:
-        return None
-    low, high = r.corrected_interval
-    return f"{percent(r.corrected)} [{100 * low:.0f}–{100 * high:.0f}]"
-
-
-def _error_values(error: JudgeError | None) -> dict[str, Any] | None:
-    if error is None:
-        return None
-    return {k: getattr(error, k) for k in ("dataset", "stratum", "sensitivity", "specificity")}
-
-
 def _notes(
     tallies: Sequence[Tally],
     config: Mapping[str, Any],
@@ -254,7 +240,7 @@ def _notes(
 ) -> Iterator[str]:
     elsewhere = material_warning(judge, tallies[0].prompts)
     if elsewhere is None or any(errors.values()):
-        yield judge_note(judge, errors)
+        yield judge_note(judge)
     if elsewhere is not None:
         yield elsewhere
     shard = config.get("shard")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from demur.flows.carddata import CardData, refused
 from demur.judges import material_warning, token_text_agreement
 from demur.measure.refusal import (
+    JudgeError,
     Record,
     by_category,
     by_text,
@@ -18,6 +19,7 @@ from demur.measure.refusal import (
     clustered,
     declined,
     judge_error,
+    judge_note,
 )
 from demur.prompts import row_of
 from demur.report.render import cell, percent
@@ -55,7 +57,13 @@ def text_section(data: CardData) -> Section:
     tables = [label_table(data.records)]
     if rates:
         rows = tuple(
-            (name, two["refuse"], _corrected(two["refuse"]), two["lookalike"], _corrected(two["lookalike"]))
+            (
+                name,
+                two["refuse"],
+                corrected_cell(two["refuse"]),
+                two["lookalike"],
+                corrected_cell(two["lookalike"]),
+            )
             for name, two in rates.items()
         )
         columns = (
@@ -72,7 +80,7 @@ def text_section(data: CardData) -> Section:
         tables.insert(0, Table("Rates read from the text", columns, rows, note))
     agreement = text_agreement(data)
     elsewhere = material_warning(judge, (r.prompt for r in records)) if any(errors.values()) else None
-    notes = [judge_note(judge, errors), *([elsewhere] if elsewhere else [])]
+    notes = [judge_note(judge), *([elsewhere] if elsewhere else [])]
     if agreement is not None:
         notes.append(
             f"Token and text agree in {cell(agreement)} answers: the token announced a refusal (or answer) "
@@ -93,7 +101,7 @@ def text_section(data: CardData) -> Section:
             "labels": _label_counts(data.records),
             "token_text_agreement": agreement,
             "judge": judge,
-            "judge_error": {k: _error_values(e) for k, e in errors.items()},
+            "judge_error": {k: error_values(e) for k, e in errors.items()},
             "withheld": _withheld(data),
         },
     )
@@ -103,30 +111,19 @@ def _withheld(data: CardData) -> int:
     return sum(r.withheld is not None for r in data.replies.values())
 
 
-def _corrected(rate: Rate) -> str | None:
+def corrected_cell(rate: Rate) -> str | None:
+    """A rate with the judge's error taken out, as tables show it."""
     if rate.corrected is None or rate.corrected_interval is None:
         return None
     low, high = rate.corrected_interval
     return f"{percent(rate.corrected)} [{100 * low:.0f}–{100 * high:.0f}]"
 
 
-def _error_values(error: Any) -> dict[str, Any] | None:
+def error_values(error: JudgeError | None) -> dict[str, Any] | None:
+    """A judge's error as JSON holds it."""
     if error is None:
         return None
     return {k: getattr(error, k) for k in ("dataset", "stratum", "sensitivity", "specificity")}
-
-
-def judge_note(judge: str, errors: Mapping[str, Any]) -> str:
-    """One sentence on how far the judge can be trusted."""
-    known = [e for e in errors.values() if e is not None]
-    if not known:
-        return f"How often {judge} errs has not been measured, so nothing is corrected."
-    parts = [
-        f"on {e.stratum} prompts it finds {percent(e.sensitivity.value)} of {e.sensitivity.n} refusals and "
-        f"{percent(e.specificity.value)} of {e.specificity.n} answers"
-        for e in known
-    ]
-    return f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}."
 
 
 def _label_counts(records: Sequence[Record]) -> dict[str, dict[str, int]]:

@@ -136,6 +136,25 @@ def judge_error(judge: str, *, should_refuse: bool) -> JudgeError | None:
     return None
 
 
+def judge_note(judge: str) -> str:
+    """One sentence on how far a judge can be trusted.
+
+    >>> judge_note("mine")
+    'How often mine errs has not been measured, so nothing is corrected for it.'
+    """
+    from demur.report.render import percent
+
+    known = [e for e in (judge_error(judge, should_refuse=s) for s in (True, False)) if e is not None]
+    if not known:
+        return f"How often {judge} errs has not been measured, so nothing is corrected for it."
+    parts = [
+        f"on {e.stratum} prompts it finds {percent(e.sensitivity.value)} of {e.sensitivity.n} refusals and "
+        f"{percent(e.specificity.value)} of {e.specificity.n} answers"
+        for e in known
+    ]
+    return f"{judge} against people's labels ({known[0].dataset}): {'; '.join(parts)}."
+
+
 def _share(value: float | None, n: int) -> Rate:
     from demur.stats import rate
 
