@@ -301,6 +301,8 @@ class OperatingPoint:
         guarantee: the wording, or None when nothing is guaranteed.
         model_fingerprint, dtype, T: what the scores came from. Another T or fingerprint is refused, another
             dtype warns.
+        answers: who writes behind a decided `respond`: the "model" itself, or its "base" without the adapter,
+            so that accepted requests are answered as if the adapter were not there.
     """
 
     id: str
@@ -316,6 +318,7 @@ class OperatingPoint:
     model_fingerprint: str | None = None
     dtype: str | None = None
     T: float = 1.0
+    answers: Literal["model", "base"] = "model"
 
     @property
     def steered(self) -> tuple[str, ...]:

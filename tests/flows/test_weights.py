@@ -101,6 +101,7 @@ def test_files_beside_the_weights(source: Path, tmp_path: Path) -> None:
         thresholds={"safety": Threshold(tau=0.2)},
         model_fingerprint=runtime.fingerprint,
         dtype="float32",
+        answers="base",
     )
     weights.merged(runtime, tmp_path / "out", source=source)
     out = tmp_path / "out"
@@ -110,6 +111,7 @@ def test_files_beside_the_weights(source: Path, tmp_path: Path) -> None:
     assert {c: t["id"] for c, t in tokens.items()} == runtime.control.ids  # type: ignore[union-attr]
     about = json.loads((out / "demur.json").read_text())
     back: Any = load_runtime(out, dtype="float32")
+    assert back.shipped_point.answers == "model" and "the base is not in here" in about["notes"][0]
     assert about["fingerprint"] == back.fingerprint and about["source_fingerprint"] == runtime.fingerprint
     assert (
         json.loads((out / "config.json").read_text())["vocab_size"] == max(runtime.control.ids.values()) + 1

@@ -37,6 +37,7 @@ class Scripted:
     fingerprint: str | None = FINGERPRINT
     dtype: str | None = "float32"
     losses = ("Everything is made up.",)
+    has_base = False
 
     async def read(self, ask: Ask, T: float = 1.0) -> Score:
         if "unreadable" in ask.prompt.text:
@@ -45,7 +46,7 @@ class Scripted:
         p[RESPOND] = 0.97 - sum(v for c, v in p.items() if c != RESPOND)
         return Score(id=ask.prompt.id, p_refuse=0.97 - p[RESPOND], probabilities=p, T=T)
 
-    async def answer(self, ask: Ask, category: str | None) -> AsyncIterator[Piece]:
+    async def answer(self, ask: Ask, category: str | None, *, bare: bool = False) -> AsyncIterator[Piece]:
         text = "I can't help with that." if category not in (None, RESPOND) else MARKUP
         for at in range(0, len(text), 7):
             await asyncio.sleep(0.005)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,12 @@ class Upstream:
     fingerprint: str | None = None
     dtype: str | None = None
     losses: tuple[str, ...] = ("Everything is made up.",)
+    has_base = False
     passes = frozenset({"top_k"})
 
     def __init__(self) -> None:
         self.asked: list[tuple[Ask, str | None]] = []
+        self.bare: list[bool] = []
         self.freed = self.closed = 0
         self.down: str | None = None
 
@@ -67,8 +70,9 @@ class Upstream:
             id=ask.prompt.id, p_refuse=safety + 0.01, probabilities=p, T=T, token=max(p, key=lambda c: p[c])
         )
 
-    async def answer(self, ask: Ask, category: str | None) -> AsyncIterator[Piece]:
+    async def answer(self, ask: Ask, category: str | None, *, bare: bool = False) -> AsyncIterator[Piece]:
         self.asked.append((ask, category))
+        self.bare.append(bare)
         text = ask.prompt.text
         try:
             if "silent" in text:
@@ -127,6 +131,23 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 # --- clients ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "mode", "bare"), [("base", "token", True), ("model", "token", False), ("base", "gate", False)]
+)
+def test_the_base_answers_where_the_operating_point_says_so(
+    tmp_path: Path, answers: Any, mode: Any, bare: bool
+) -> None:
+    upstream = Upstream()
+    upstream.has_base = True
+    app = create_app(settings(tmp_path, replace(POINT, answers=answers), mode=mode), upstream)
+    with served(app) as url:
+        answer, refusal = post(url).json(), post(url, "a bomb").json()
+    assert answer["demur"]["decision"] == "respond" and upstream.bare[0] is bare
+    assert refusal["demur"]["decision"] == "safety" and not any(upstream.bare[1:])
+    with pytest.raises(InputError, match="answers: base"):
+        create_app(settings(tmp_path, replace(POINT, answers="base")), Upstream())
 
 
 def test_the_official_client(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from demur.control.any_depth import AnyDepth
+from demur.control.any_depth import AnyDepth, RefuseMass
 from demur.control.latent_guard import LatentGuard
 from demur.errors import CapabilityError, DemurError, InputError, MismatchError, UpstreamError
 from demur.explain.harmfulness import Beliefs
@@ -47,8 +47,10 @@ def with_upstream(body: Body, runtime: LocalRuntime | None = None, **options: An
     asyncio.run(main())
 
 
-async def written(upstream: LocalUpstream, asked: Ask, category: str | None = None) -> tuple[str, Piece]:
-    pieces = [p async for p in upstream.answer(asked, category)]
+async def written(
+    upstream: LocalUpstream, asked: Ask, category: str | None = None, bare: bool = False
+) -> tuple[str, Piece]:
+    pieces = [p async for p in upstream.answer(asked, category, bare=bare)]
     assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1)
     return "".join(p.text for p in pieces), pieces[-1]
 
@@ -109,6 +111,40 @@ def test_answers_side_by_side_are_what_each_is_alone(arch: str) -> None:
         assert upstream.busy == {"rows": 0, "waiting": 0, "reads": 0, "bytes": 0}
 
     with_upstream(body, runtime, max_rows=4)
+
+
+def test_bare_answers_are_the_bases_own_beside_others() -> None:
+    runtime, base = tiny_runtime(control=True), tiny_runtime()
+    runtime.base = base
+    bare = [k % 3 == 2 for k in range(len(ASKS))]
+    want = []
+    for a, by_base in zip(ASKS, bare, strict=True):
+        decide = None if by_base else (lambda _p, _s: "safety")
+        want.append(next((base if by_base else runtime).generate([a.prompt], a.condition, decide=decide)))
+
+    async def body(upstream: LocalUpstream) -> None:
+        assert upstream.has_base
+        categories = ["respond" if b else "safety" for b in bare]
+        got = await asyncio.gather(
+            *(written(upstream, a, c, b) for a, c, b in zip(ASKS, categories, bare, strict=True))
+        )
+        for (text, last), reply, category in zip(got, want, categories, strict=True):
+            assert text == reply.content and last.finish == reply.finish_reason
+            assert last.control_token == category  # told, although it stands in front of refusals only
+        assert upstream.busy == {"rows": 0, "waiting": 0, "reads": 0, "bytes": 0}
+
+    with_upstream(body, runtime, max_rows=4)
+
+
+def test_with_checks_inside_answers_the_model_that_they_read_writes() -> None:
+    runtime = tiny_runtime(control=True)
+    runtime.base = tiny_runtime()
+    [own] = runtime.generate([ASKS[0].prompt], ASKS[0].condition, decide=lambda _p, _s: "respond")
+
+    async def body(upstream: LocalUpstream) -> None:
+        assert (await written(upstream, ASKS[0], "respond", bare=True))[0] == own.content
+
+    with_upstream(body, runtime, any_depth=AnyDepth(RefuseMass(threshold=1.0), every=5))
 
 
 def test_what_is_sampled_depends_on_the_seed_and_not_on_the_company() -> None:

@@ -151,19 +151,27 @@ def test_no_text_becomes_a_control_or_special_token(running: tuple[Engine, str],
     assert special == [i for i in chat.render(plain).ids if i in chat.tokenizer.all_special_ids] != marks
 
 
-def test_gate_answers_come_from_the_untouched_base(running: tuple[Engine, str], engine: Engine) -> None:
+@pytest.mark.parametrize("gate", [True, False])
+def test_the_untouched_base_answers_at_a_gate_or_where_it_is_asked_to(
+    running: tuple[Engine, str], engine: Engine, gate: bool
+) -> None:
     prompt = Prompt.of(TEXTS[0], id="p")
     [reply] = engine.base.generate([prompt], Condition(max_new_tokens=12))
     one = ask()
 
     async def both(u: RemoteUpstream) -> tuple[str, list[Piece]]:
         await u.read(one)
-        return await written(u.answer(one, "respond"))
+        return await written(u.answer(one, None) if gate else u.answer(one, "respond", bare=True))
 
-    got, pieces = run(running[1], both, engine, base_model="base")
+    got, pieces = run(running[1], both, engine, base_model="base", gate=gate)
     assert " ".join(got.split()) == " ".join(reply.content.split())
     assert engine.seen[0]["model"] == "tuned" and engine.seen[1]["model"] == "base"
-    assert pieces[0].control_token is None and "logit_bias" not in engine.seen[1]
+    assert pieces[0].control_token == (None if gate else "respond") and "logit_bias" not in engine.seen[1]
+
+
+def test_a_base_that_is_there_writes_nothing_unasked(running: tuple[Engine, str], engine: Engine) -> None:
+    run(running[1], lambda u: written(u.answer(ask(), "respond")), engine, base_model="base")
+    assert engine.seen[-1]["model"] == "tuned"
 
 
 def test_leaving_early_stops_the_engine(running: tuple[Engine, str], engine: Engine) -> None:
@@ -343,7 +351,11 @@ def test_a_plain_engine_keeps_its_tools(running: tuple[Engine, str], engine: Eng
         passed={"tools": [{"type": "function"}], "unheard": 1},
     )
     _, pieces = run(
-        running[1], lambda u: written(u.answer(one, None)), control_text=CONTROL_TEXT, base_model="base"
+        running[1],
+        lambda u: written(u.answer(one, None)),
+        control_text=CONTROL_TEXT,
+        base_model="base",
+        gate=True,
     )
     assert engine.seen[-1]["model"] == "base" and "unheard" not in engine.seen[-1]
     assert pieces[-1].finish == "tool_calls"
@@ -402,7 +414,8 @@ def test_settings_make_the_upstream(tmp_path: Path, engine: Engine, monkeypatch:
         RemoteUpstream.of(told)
     monkeypatch.setenv("ENGINE_KEY", "secret-of-the-engine")
     token, gate = RemoteUpstream.of(told), RemoteUpstream.of(told, gate=True)
-    assert token.names == CATEGORIES and token.base_model is None and gate.base_model == "b"
+    assert token.names == CATEGORIES and token.base_model == gate.base_model == "b"
+    assert gate.gate and not token.gate
     assert token.fingerprint == "abc" and "secret" not in repr(token)
     with pytest.raises(InputError, match="full address"):
         RemoteUpstream("localhost:8000", "m")

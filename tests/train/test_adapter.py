@@ -15,8 +15,10 @@ pytest.importorskip("peft")
 import peft
 import torch
 
+from demur.control import RefusalTokens
 from demur.errors import CapabilityError, InputError, MismatchError
 from demur.files import dump_operating_point
+from demur.runtime.local import BlockEdit
 from demur.runtime.scripted import ScriptedRuntime
 from demur.train.adapter import (
     ABOUT_FILE,
@@ -110,6 +112,37 @@ def test_attached_runtime_is_a_second_one(tmp_path: Path) -> None:
     assert reply.error is None
     assert base.control is None and base.fingerprint == "tiny-llama-0"
     assert tuned.fingerprint.startswith("tiny-llama-0+adapter:")
+
+
+def test_behind_respond_the_base_answers_where_the_point_says_so(tmp_path: Path) -> None:
+    base = tiny_runtime()
+    tuned = Adapter.load(write(tmp_path)).attach(base)
+    prompts = [Prompt.of(f"how do i boil a {thing} ?", id=thing) for thing in ("egg", "fish", "bread")]
+    condition = Condition(max_new_tokens=6)
+
+    def say(runtime: Any, category: str, answers: Any = "base") -> list[str]:
+        every = {c: Threshold(tau=1.01 if category == "respond" else 0.0) for c in tuned.control.refuse}
+        point = OperatingPoint(id="x", thresholds=every, answers=answers)
+        with RefusalTokens(point).on(runtime) as dialled:
+            replies = list(dialled.generate(prompts, condition))
+        assert all((r.control_token == "respond") == (category == "respond") for r in replies)
+        return [r.content for r in replies]
+
+    own = [r.content for r in base.generate(prompts, condition)]
+    assert say(tuned, "respond") == own != say(tuned, "respond", "model")
+    assert say(tuned, "refused") == say(tuned, "refused", "model")
+
+    def doubled(h_BTd: torch.Tensor, _positions: Any) -> torch.Tensor:
+        return h_BTd * -2
+
+    steered = tuned.with_edits(BlockEdit(0, doubled))  # steering reaches whoever answers
+    other = [r.content for r in base.with_edits(BlockEdit(0, doubled)).generate(prompts, condition)]
+    assert say(steered, "respond") == other != own
+    with pytest.raises(InputError, match=r"answers: base.*none"):
+        say(tiny_runtime(control=True), "respond")
+    rule = RefusalTokens(OperatingPoint(id="x", thresholds={}, answers="base"))
+    with pytest.raises(InputError, match="lets the base answer"):
+        list(tiny_runtime(control=True).generate(prompts, decide=rule))
 
 
 def test_the_operating_point_travels_with_the_weights(tmp_path: Path) -> None:

@@ -29,6 +29,13 @@ class Goal(StrEnum):
     BEST_F1 = "best-f1"
 
 
+class Answers(StrEnum):
+    """Who answers behind `respond`."""
+
+    MODEL = "model"
+    BASE = "base"
+
+
 def calibrate(
     file: Annotated[
         str,
@@ -69,6 +76,10 @@ def calibrate(
     rate: Annotated[
         float | None, typer.Option(min=0, max=1, help="The refusal rate for --goal target-rate.")
     ] = None,
+    answers: Annotated[
+        Answers,
+        typer.Option(help="Who answers what is accepted: the model, or its base without the adapter."),
+    ] = Answers.MODEL,
     out: o.Out = "-",
 ) -> None:
     """Find thresholds that keep a budget.
@@ -87,6 +98,10 @@ def calibrate(
     if score is not None and model is not None:
         raise InputError(
             "--score reads scores from FILE and --model makes them from prompts; give one of them"
+        )
+    if score is not None and answers is Answers.BASE:
+        raise InputError(
+            "--answers base is for models with refusal tokens on an adapter, so not with --score"
         )
     if score is None and (group is not None or label != LABEL):
         raise InputError(
@@ -109,6 +124,7 @@ def calibrate(
             point = fit(load(Score, file), o.load_prompt_file(prompts), choice, ordinary_alpha)
     for w in raised:
         warn(f"warning: {w.message}")
+    point = replace(point, answers=answers.value)
     dump_operating_point(point, out)
     warn(to_text(describe(point)))
 

@@ -32,7 +32,8 @@ def serve(
     base_model: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="With --upstream and --mode gate: the untouched model on the engine."
+            metavar="NAME",
+            help="With --upstream: the untouched model there, for --mode gate or `answers: base`.",
         ),
     ] = None,
     upstream_key_env: Annotated[

@@ -53,7 +53,7 @@ class RefusalTokens:
         shipped: OperatingPoint | None = None,
         allow_refusal_lowering: bool = False,
     ) -> None:
-        self.point, self.T = point, point.T
+        self.point, self.T, self.answers = point, point.T, point.answers
         self._cuts = cuts(point)
         self._allowed = allow_refusal_lowering
         self.lowers: str | None = None
@@ -101,7 +101,7 @@ class RefusalTokens:
         """`with RefusalTokens(point).on(runtime) as dialled:` answers under the operating point.
 
         Raises:
-            InputError: the runtime has no control tokens, or lacks a steered category.
+            InputError: the runtime has no control tokens, or lacks a steered category or the base that answers.
             MismatchError: the operating point was calibrated on another model.
             RefusalLowering: as above, against the point that came with the runtime's adapter.
         """
@@ -137,7 +137,7 @@ def check_point(point: OperatingPoint, runtime: Runtime, T: float | None = None)
     """Refuse an operating point that was made for something else; warn when only the dtype differs.
 
     Raises:
-        InputError: no control tokens, or a category the model does not have.
+        InputError: no control tokens, a category the model does not have, no base model for `answers: base`.
         MismatchError: another model's fingerprint, or scores at another softmax temperature.
     """
     if runtime.control is None:
@@ -150,6 +150,12 @@ def check_point(point: OperatingPoint, runtime: Runtime, T: float | None = None)
         raise InputError(
             f"operating point {point.id!r} has thresholds for {', '.join(unknown)}; "
             f"{runtime.name!r} knows {', '.join(runtime.control.refuse)}"
+        )
+    if point.answers == "base" and runtime.base is None:
+        raise InputError(
+            f"operating point {point.id!r} lets the base model answer (answers: base), and {runtime.name!r} has "
+            "none at hand: its adapter is merged, or it has none. Take the base with the adapter on it, serve it "
+            "with a base model (demur serve --base-model), or set `answers: model` and measure again"
         )
     if point.model_fingerprint and runtime.fingerprint and point.model_fingerprint != runtime.fingerprint:
         raise MismatchError(

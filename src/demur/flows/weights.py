@@ -252,7 +252,11 @@ def _about(runtime: LocalRuntime, form: str, name: str, folder: Path, steering: 
         )
     elif point is not None:
         if form == "merged":
-            point = dataclasses.replace(point, model=name, model_fingerprint=fingerprint)
+            if point.answers == "base":
+                notes.append(
+                    "the operating point let the base answer; the base is not in here, so these weights answer"
+                )
+            point = dataclasses.replace(point, model=name, model_fingerprint=fingerprint, answers="model")
         dump_operating_point(point, folder / POINT_FILE)
         if point.dtype and point.dtype != runtime.dtype:
             notes.append(

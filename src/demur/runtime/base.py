@@ -84,6 +84,7 @@ class Runtime(ABC):
         name: what the user called it; fingerprint: identifies the bytes (None for remote models);
         dtype: "float32", "bfloat16", ... or None when unknown; control: its control tokens, if any.
         shipped_point: the operating point that came with its adapter, if any.
+        base: the same model without its adapter, where that is at hand.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Runtime(ABC):
     dtype: str | None = None
     control: ControlTokens | None = None
     shipped_point: OperatingPoint | None = None
+    base: Runtime | None = None
     capabilities: frozenset[Capability] = frozenset()
     deterministic: bool = False
     """True when a rerun gives the same bytes (local and scripted runtimes)."""

@@ -18,7 +18,7 @@ from demur.runtime.chat import begun_by
 from demur.runtime.forward import Prefix, gap_fits, run
 from demur.runtime.layers import input_device
 from demur.runtime.next_words import LOOK
-from demur.types import Condition, Prompt, Reply, Score
+from demur.types import RESPOND, Condition, Prompt, Reply, Score
 
 if TYPE_CHECKING:
     from demur.runtime.base import Decide
@@ -31,12 +31,13 @@ WINDOW = 64
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt on its way to an answer."""
+    """One prompt on its way to an answer. `bare`: the base model answers, to the prompt as it is."""
 
     prompt: Prompt
     ids: list[int]
     score: Score | None = None
     forced: str | None = None
+    bare: bool = False
     error: str | None = None
 
     @property
@@ -56,34 +57,48 @@ def window(
     """Replies to one window of prompts, samples of a prompt side by side, in input order."""
     jobs = [prepare(runtime, p, condition) for p in prompts]
     jobs = decided(runtime, jobs, condition, decide)
-    rows = [j for j in jobs if j.error is None]
     draws = 1 if condition.temperature == 0 else samples
     ends = end_ids(runtime)
+    texts: dict[int, list[list[int]]] = {}
+    for writer, bare in ((runtime, False), (runtime.base, True)):
+        places = [n for n, job in enumerate(jobs) if job.error is None and job.bare is bare]
+        if writer is not None:
+            rows = _written(writer, [jobs[n] for n in places], condition, draws, ends, count)
+            texts.update(zip(places, rows, strict=True))
+    for n, job in enumerate(jobs):
+        if job.error is not None:
+            count(1)
+        outputs = texts.get(n, [])
+        for sample in range(samples):
+            yield reply_of(runtime, job, condition, sample, outputs[sample % draws] if outputs else [], ends)
+
+
+def _written(
+    runtime: LocalRuntime,
+    jobs: Sequence[Job],
+    condition: Condition,
+    draws: int,
+    ends: list[int],
+    count: Callable[[int], None],
+) -> list[list[list[int]]]:
+    """New token ids of each job, for each draw."""
 
     def work(batch: list[int], prefix: Prefix | None) -> list[list[list[int]]]:
-        ids = [with_control(runtime, rows[i]) for i in batch]
-        closed = torch.tensor([rows[i].forced is not None or bool(rows[i].begun) for i in batch])
+        ids = [with_control(runtime, jobs[i]) for i in batch]
+        closed = torch.tensor([jobs[i].forced is not None or bool(jobs[i].begun) for i in batch])
         out = []
         for sample in range(draws):
-            seed = seed_of(condition.seed, rows[batch[0]].prompt.id, sample)
+            seed = seed_of(condition.seed, jobs[batch[0]].prompt.id, sample)
             out.append(_generate(runtime, ids, prefix, condition, closed, ends, seed))
         count(len(batch))
         return [list(of_row) for of_row in zip(*out, strict=True)]
 
-    texts = iter(
-        runtime.batched(
-            [with_control(runtime, j) for j in rows],
-            work,
-            extra=condition.max_new_tokens,
-            share=gap_fits(runtime.model),
-        )
+    return runtime.batched(
+        [with_control(runtime, j) for j in jobs],
+        work,
+        extra=condition.max_new_tokens,
+        share=gap_fits(runtime.model),
     )
-    for job in jobs:
-        if job.error is not None:
-            count(1)
-        outputs = [] if job.error is not None else next(texts)
-        for sample in range(samples):
-            yield reply_of(runtime, job, condition, sample, outputs[sample % draws] if outputs else [], ends)
 
 
 def prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> Job:
@@ -100,7 +115,13 @@ def decided(runtime: LocalRuntime, jobs: list[Job], condition: Condition, decide
     """Jobs with their first-position score and the control category that the rule puts in front.
 
     An answer that the prompt has begun is past that position, and has neither.
+
+    Raises:
+        InputError: the rule names a category that the model does not have, or lets a base answer that is not there.
     """
+    by_base = getattr(decide, "answers", "model") == "base"
+    if by_base and runtime.base is None:
+        raise InputError(f"the decision rule lets the base answer, and {runtime.name!r} has none under it")
     if runtime.control is None or (decide is None and runtime.chat.thinks):
         return jobs
     if runtime.chat.thinks:
@@ -118,7 +139,7 @@ def decided(runtime: LocalRuntime, jobs: list[Job], condition: Condition, decide
                     f"the decision rule named {forced!r}; {runtime.name!r} has "
                     + ", ".join(runtime.control.names)
                 )
-            job = replace(job, score=score, forced=forced)
+            job = replace(job, score=score, forced=forced, bare=by_base and forced == RESPOND)
         out.append(job)
     return out
 

@@ -50,6 +50,7 @@ class LocalRuntime(Runtime):
 
     capabilities = frozenset({"generate", "score", "prefill", "states", "intervene"})
     deterministic = True
+    base: LocalRuntime | None = None
 
     def __init__(
         self,
@@ -103,10 +104,13 @@ class LocalRuntime(Runtime):
     ) -> LocalRuntime:
         """This model with more edits: a view that shares weights and lock; this runtime stays as it is.
 
+        The edits change the base under an adapter as well, since it may write the answers.
+
         >>> steered = runtime.with_edits(BlockEdit(12, lambda h, positions: h + v))  # doctest: +SKIP
         """
         view = copy.copy(self)
         view.edits, view.name, view.notes = (*self.edits, *edits), name or self.name, []
+        view.base = self.base.with_edits(*edits) if self.base is not None else None
         if control is not None:
             view.control, ids = control, control.ids.values()
             old = self.chat
@@ -165,8 +169,9 @@ class LocalRuntime(Runtime):
         """Answers, `samples` for each prompt. The checkpoint's own sampling settings are not used.
 
         With `decide`, one scoring pass (T = 1, or the rule's `T` attribute) comes first; the category it
-        names is put in front of the answer as its control token. Control tokens can open an answer and stand
-        nowhere else: one that the prompt begins (a last message of the assistant) has none.
+        names is put in front of the answer as its control token. Where the rule's `answers` attribute is
+        "base" and the category is `respond`, `base` answers instead, to the bare prompt. Control tokens can open
+        an answer and stand nowhere else: one that the prompt begins (a last message of the assistant) has none.
         """
         if samples < 1:
             raise InputError(f"samples={samples}: at least one answer per prompt")

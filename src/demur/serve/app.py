@@ -98,6 +98,7 @@ def _gateway(
             shipped=shipped,
             fingerprint=upstream.fingerprint,
             dtype=upstream.dtype,
+            has_base=upstream.has_base,
             allow_refusal_lowering=settings.allow_refusal_lowering,
         )
 

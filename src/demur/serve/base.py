@@ -40,6 +40,7 @@ class Decision:
         enforced: False in shadow mode, and where `category` is None: the answer is then the model's own.
         shadow: what the thresholds in shadow mode would have decided, None where there are none.
         point: id of the operating point; canary: it is the one under trial.
+        bare: the base model answers (the point says `answers: base`).
         guard: what an input guard said ({"name", "p", "threshold", "stopped"}), if one is switched on.
     """
 
@@ -49,6 +50,7 @@ class Decision:
     point: str | None
     shadow: str | None = None
     canary: bool = False
+    bare: bool = False
     problem: str | None = None
     guard: Mapping[str, Any] | None = None
 
@@ -89,6 +91,7 @@ class Upstream(Protocol):
         name: shown in the models list. names: refuse categories, then "respond" (empty: no control tokens).
         fingerprint, dtype: of the model where known, else None.
         losses: chat features that do not survive this upstream, one sentence each (docs and /demur/about).
+        has_base: whether the model without its adapter can answer, too.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Upstream(Protocol):
     fingerprint: str | None
     dtype: str | None
     losses: tuple[str, ...]
+    has_base: bool
 
     async def read(self, ask: Ask, T: float = 1.0) -> Score:
         """First-position probabilities of one request.
@@ -106,9 +110,10 @@ class Upstream(Protocol):
         """
         ...
 
-    def answer(self, ask: Ask, category: str | None) -> AsyncIterator[Piece]:
+    def answer(self, ask: Ask, category: str | None, *, bare: bool = False) -> AsyncIterator[Piece]:
         """Write the answer behind the control token of `category` (None: the model's own choice).
 
+        With `bare` the model without its adapter writes it, to the bare prompt; `category` is only told.
         Closing the iterator early cancels the work upstream and frees its memory.
         """
         ...

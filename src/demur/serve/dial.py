@@ -13,7 +13,7 @@ from demur.errors import DemurError, InputError
 from demur.serve.base import Ask, Decision
 from demur.serve.pointfile import PointFile
 from demur.serve.settings import Settings
-from demur.types import OperatingPoint, Score
+from demur.types import RESPOND, OperatingPoint, Score
 
 _FILE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -105,7 +105,10 @@ class Dial:
             unenforced = shadow(ask.prompt, score) if shadow is not None else None
         except DemurError as e:
             return replace(decided, score=None, problem=f"{type(e).__name__}: {e}")
-        return replace(decided, category=category, enforced=category is not None, shadow=unenforced)
+        bare = category == RESPOND and rule.answers == "base"
+        return replace(
+            decided, category=category, enforced=category is not None, shadow=unenforced, bare=bare
+        )
 
     def undecided(self, pick: Pick, problem: str) -> Decision:
         """The decision about a request whose probabilities could not be had."""

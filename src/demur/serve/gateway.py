@@ -103,8 +103,8 @@ class Gateway:
         if (category := self.refuses(decision)) is not None:
             yield Piece(text=self.settings.refusal_text(category), finish="content_filter")
             return
-        forced = decision.category if self.settings.mode == "token" else None
-        pieces: Any = self.upstream.answer(asked.ask, forced)
+        forced, bare = (decision.category, decision.bare) if self.settings.mode == "token" else (None, False)
+        pieces: Any = self.upstream.answer(asked.ask, forced, bare=bare)
         async with aclosing(pieces):
             while True:
                 piece: Piece | None = await _by(asked.deadline, anext(pieces, None))

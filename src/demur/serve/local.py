@@ -79,6 +79,7 @@ class LocalUpstream:
         self.runtime, self.answers = runtime, answers or runtime
         self.name, self.fingerprint, self.dtype = runtime.name, runtime.fingerprint, runtime.dtype
         self.names: tuple[str, ...] = runtime.control.names if runtime.control else ()
+        self.has_base = runtime.base is not None
         self._latent_guard = guard
         # a fast tokenizer is not for two threads at once: rendering has its own, the worker keeps the runtime's
         self._chats = {id(r): _own_chat(r) for r in (self.runtime, self.answers)}
@@ -111,8 +112,10 @@ class LocalUpstream:
         name = f"latent-guard-{self._latent_guard.id}"
         return {"name": name, "p": belief, "threshold": at, "stopped": belief >= at}
 
-    async def answer(self, ask: Ask, category: str | None) -> AsyncIterator[Piece]:
+    async def answer(self, ask: Ask, category: str | None, *, bare: bool = False) -> AsyncIterator[Piece]:
         """Write the answer; see `demur.serve.base.Upstream.answer`. It ends at the latest where the context does.
+
+        Checks inside answers read the model that writes, so with them the adapter answers although `bare`.
 
         Raises:
             InputError: no room for an answer, a category the model does not have. UpstreamError: a failed pass.
@@ -128,6 +131,7 @@ class LocalUpstream:
             loop=asyncio.get_running_loop(),
             condition=replace(ask.condition, max_new_tokens=_room(runtime, ask, ids)),
             forced=forced,
+            bare=bare and self.worker.bare is not None and self.worker.any_depth is None,
             text=TextStream(runtime.chat, ask.stop),
             pieces=asyncio.Queue(),
             opened=forced,
@@ -171,7 +175,7 @@ class LocalUpstream:
             "rows": len(worker.live),
             "waiting": len(worker.waiting),
             "reads": len(worker.reads),
-            "bytes": worker.lanes.bytes,
+            "bytes": worker.bytes,
         }
 
     async def _asked(self, ask: Ask, T: float | None) -> Any:
@@ -201,7 +205,7 @@ def base_view(runtime: LocalRuntime) -> LocalRuntime:
     True
     """
     view = copy.copy(runtime)
-    view.edits, view.control, view.notes, view.shipped_point = (), None, [], None
+    view.edits, view.control, view.notes, view.shipped_point, view.base = (), None, [], None, None
     view.name, view.fingerprint = f"{runtime.name} (base)", (runtime.fingerprint or "").split("+")[0] or None
     view.chat = _own_chat(runtime, ())
     return view

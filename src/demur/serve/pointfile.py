@@ -36,6 +36,7 @@ class PointFile:
 
     Args:
         path: YAML file. names: refuse categories, then "respond", of the model it steers.
+        has_base: whether the model without its adapter can answer.
         shipped: the point that came with the model. fingerprint, dtype: of the model where known.
         allow_refusal_lowering: consent to thresholds of category "safety" looser than the shipped ones.
 
@@ -58,11 +59,12 @@ class PointFile:
         shipped: OperatingPoint | None = None,
         fingerprint: str | None = None,
         dtype: str | None = None,
+        has_base: bool = False,
         allow_refusal_lowering: bool = False,
     ) -> None:
         self.path, self.names = Path(path), tuple(names)
         self.shipped, self.fingerprint, self.dtype = shipped, fingerprint, dtype
-        self.allowed = allow_refusal_lowering
+        self.has_base, self.allowed = has_base, allow_refusal_lowering
         self.problem: str | None = None
         self.loads, self.failures = 1, 0
         self._lock = threading.Lock()
@@ -102,6 +104,7 @@ class PointFile:
             control=ControlTokens(ids={name: i for i, name in enumerate(self.names)}),
             fingerprint=self.fingerprint,
             dtype=self.dtype,
+            base=self.has_base or None,
         )
         check_point(point, model)
         rule = RefusalTokens(point, shipped=self.shipped, allow_refusal_lowering=self.allowed)

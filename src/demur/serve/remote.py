@@ -51,7 +51,7 @@ class RemoteUpstream:
         key: the engine's API key; never shown or logged.
         chat: the model's chat format: prompts go out as token ids (`/completions`). Without it `/chat/completions`.
         control: ids of the control tokens, with `chat`. control_text: {category: text}, without.
-        base_model: the untouched model that writes the answers (mode "gate"); nothing is forced then.
+        base_model: the untouched model. It writes `bare` answers; with `gate` it writes all, and nothing is forced.
         timeout_s: seconds between two signs of life of the engine. top_logprobs: how many it lists, without `chat`.
         fingerprint: of the checkpoint it serves, where known; what the engine computes in is not (`dtype` None).
 
@@ -70,12 +70,14 @@ class RemoteUpstream:
         control: ControlTokens | None = None,
         control_text: Mapping[str, str] | None = None,
         base_model: str | None = None,
+        gate: bool = False,
         timeout_s: float = 120.0,
         top_logprobs: int = 20,
         fingerprint: str | None = None,
     ) -> None:
         self.name = self.model = model
-        self.base_model = base_model
+        self.base_model, self.gate = base_model, gate
+        self.has_base = base_model is not None
         self.fingerprint = fingerprint
         self.dtype: str | None = None
         self.chat, self.control, self.text = chat, control, dict(control_text or {})
@@ -83,7 +85,7 @@ class RemoteUpstream:
             raise InputError("a chat format and control token ids belong together; give both or neither")
         self.names: tuple[str, ...] = control.names if control is not None else _names(self.text)
         self.passes = SAMPLING if chat is not None else SAMPLING | TOOLS
-        self.losses = _losses(chat is not None, bool(self.text), base_model is not None, top_logprobs)
+        self.losses = _losses(chat is not None, bool(self.text), gate, top_logprobs)
         self._top, self.wire = top_logprobs, Wire(url, key, timeout_s)
         # a tokenizer is not safe to use from several threads, and a long prompt must not hold up the others
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="demur-render")
@@ -119,7 +121,8 @@ class RemoteUpstream:
             chat=chat,
             control=control,
             control_text=text,
-            base_model=engine.base_model if gate else None,
+            base_model=engine.base_model,
+            gate=gate,
             timeout_s=timeout_s,
             top_logprobs=engine.top_logprobs,
             fingerprint=fingerprint,
@@ -161,21 +164,21 @@ class RemoteUpstream:
         self._remember(_Seen(ask.prompt, ids, own))
         return _score(ask.prompt.id, p, own)
 
-    async def answer(self, ask: Ask, category: str | None) -> AsyncIterator[Piece]:
+    async def answer(self, ask: Ask, category: str | None, *, bare: bool = False) -> AsyncIterator[Piece]:
         """Write the answer behind the control token. See `demur.serve.base.Upstream`."""
+        bare = self.base_model is not None and (bare or self.gate)
         if self.chat is None or self.control is None:
-            async for piece in self._answer_chat(ask, category):
+            async for piece in self._answer_chat(ask, category, bare):
                 yield piece
             return
         seen = self._seen.pop(ask.prompt.id, None)
         if seen is None or seen.prompt is not ask.prompt:
             ids = await self._ids(ask.prompt)
-            own = None if category or self.base_model else await self._own(ids)
+            own = None if category or bare else await self._own(ids)
             seen = _Seen(ask.prompt, ids, own)
-        body = {"model": self.base_model or self.model, "prompt": seen.ids, "add_special_tokens": False}
-        opened = None
-        if self.base_model is None:
-            opened = category or seen.own
+        body = {"model": self._writer_of(bare), "prompt": seen.ids, "add_special_tokens": False}
+        opened = category if bare else category or seen.own
+        if not bare:
             body["prompt"] = [*seen.ids, self.control.ids[opened]] if opened else seen.ids
             body["logit_bias"] = {str(i): -100.0 for i in self.control.ids.values()}
         usage: Mapping[str, Any] = {}
@@ -190,6 +193,9 @@ class RemoteUpstream:
                         yield Piece(text=choice["text"])
         written = int(usage.get("completion_tokens") or 0)
         yield _last(finish, len(seen.ids), written + (opened is not None))
+
+    def _writer_of(self, bare: bool) -> str:
+        return (self.base_model if bare else None) or self.model
 
     async def problem(self) -> str | None:
         """Why the engine cannot answer now, within two seconds."""
@@ -270,14 +276,14 @@ class RemoteUpstream:
         first = max(top, key=top.__getitem__).strip()
         return _score(ask.prompt.id, p, next((n for n in self.names if self.text[n] == first), None))
 
-    async def _answer_chat(self, ask: Ask, category: str | None) -> AsyncIterator[Piece]:
+    async def _answer_chat(self, ask: Ask, category: str | None, bare: bool) -> AsyncIterator[Piece]:
         messages = self._messages(ask.prompt)
-        forced = self.text.get(category or "") if self.base_model is None else None
-        body: dict[str, Any] = {"model": self.base_model or self.model, "messages": messages}
+        forced = None if bare else self.text.get(category or "")
+        body: dict[str, Any] = {"model": self._writer_of(bare), "messages": messages}
         if forced is not None:
             messages.append({"role": "assistant", "content": forced})
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        opening = _Opening(self.text if self.base_model is None else {}, category if forced else None)
+        opening = _Opening({} if bare else self.text, category if forced or bare else None)
         usage: Mapping[str, Any] = {}
         finish: str | None = None
         async with self.wire.stream("chat/completions", body | self._sampling(ask)) as events:

@@ -77,7 +77,7 @@ class Engine(_Part):
         tokenizer: folder of the model's tokenizer: the gateway then writes token ids itself (vLLM).
         control_tokens: preset or YAML file that names the control tokens; default the tokenizer folder's
             own `control_tokens.yaml` or `demur.json`.
-        base_model: the untouched model's name on the engine, for mode "gate".
+        base_model: the untouched model's name on the engine, for mode "gate" and points with `answers: base`.
         top_logprobs: what the engine lists at most, without a tokenizer.
     """
 

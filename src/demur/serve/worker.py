@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,10 +66,14 @@ class Read(Job):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Answer(Job):
-    """An answer under way. `forced` is the category whose control token stands in front, if any."""
+    """An answer under way. `forced` is the category whose control token stands in front, if any.
+
+    `bare`: the base writes it, without that token.
+    """
 
     condition: Condition
     forced: str | None
+    bare: bool = False
     text: TextStream
     pieces: asyncio.Queue[Piece | Exception]
     opened: str | None = None
@@ -108,8 +112,9 @@ class Worker:
         self.max_rows, self.max_wait, self.max_waiting = max_rows, max_wait, max_waiting
         self.reads: deque[Read] = deque()
         self.waiting: deque[Answer] = deque()
-        self.live: dict[int, Answer] = {}
-        self.lanes = Lanes(answers)
+        self.live: dict[tuple[bool, int], Answer] = {}
+        """By whether the base writes it, and its row there."""
+        self._empty()
         self.closing = False
         self.trouble: tuple[float, str] | None = None
         """When a pass failed and why; None once one has succeeded."""
@@ -189,15 +194,15 @@ class Worker:
                     taken.append(job)
         return taken
 
-    def _leave(self, keys: Sequence[int]) -> None:
-        if keys:
-            self.lanes.leave(*keys)
-        for key in keys:
-            del self.live[key]
-
     def _empty(self) -> None:
         self.live.clear()
         self.lanes = Lanes(self.answers)
+        self.bare = Lanes(self.answers.base) if self.answers.base is not None else None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by keys and values."""
+        return self.lanes.bytes + (self.bare.bytes if self.bare is not None else 0)
 
     def _try(self, work: Callable[[list[Any]], None], jobs: list[Any]) -> None:
         """Do one pass; an error fails these calls (one by one, where one may be to blame) and is kept."""
@@ -239,53 +244,66 @@ class Worker:
                 job.settle(result)
 
     def _join(self, jobs: list[Answer]) -> None:
-        rows = []
-        for job in jobs:
-            ids = job.ids
-            if job.forced is not None and self.answers.control is not None:
-                ids = [*ids, self.answers.control.ids[job.forced]]
-            rows.append((ids, job.condition, job.forced is not None))
-        self.live.update(zip(self.lanes.join_all(rows), jobs, strict=True))
+        for lanes, bare in ((self.lanes, False), (self.bare, True)):
+            rows, part = [], [job for job in jobs if job.bare is bare]
+            for job in part:
+                ids = job.ids
+                if job.forced is not None and not bare and self.answers.control is not None:
+                    ids = [*ids, self.answers.control.ids[job.forced]]
+                rows.append((ids, job.condition, job.forced is not None))
+            if lanes is not None and rows:
+                keys = [(bare, key) for key in lanes.join_all(rows)]
+                self.live.update(zip(keys, part, strict=True))
 
     def _step(self, _jobs: list[Answer]) -> None:
         """One token in every row, once the rows that nobody reads any more are free."""
-        self._leave([key for key, job in self.live.items() if job.gone])
-        tokens = self.lanes.step()
+        for lanes, bare in ((self.lanes, False), (self.bare, True)):
+            if lanes is not None:
+                self._step_in(lanes, {key: job for (at, key), job in self.live.items() if at is bare}, bare)
+
+    def _step_in(self, lanes: Lanes, live: dict[int, Answer], bare: bool) -> None:
+        def leave(keys: list[int]) -> None:
+            lanes.leave(*keys)
+            for key in keys:
+                del self.live[bare, key], live[key]
+
+        leave([key for key, job in live.items() if job.gone])
+        tokens = lanes.step()
         for key in tokens:
-            self.live[key].written += 1
-        going = [key for key, token in tokens.items() if not self._last(key, token)]
-        stops = self._checked(going)
+            live[key].written += 1
+        going = [
+            key
+            for key, token in tokens.items()
+            if token not in lanes.ends and live[key].written < live[key].condition.max_new_tokens
+        ]
+        stops = self._checked(lanes, live, going)
         pieces = [
-            (key, self.live[key], self._piece(self.live[key], token, key not in going, stops.get(key)))
+            (key, live[key], self._piece(lanes, live[key], token, key not in going, stops.get(key)))
             for key, token in tokens.items()
         ]
-        self._leave([key for key, _, piece in pieces if piece is not None and piece.finish is not None])
+        leave([key for key, _, piece in pieces if piece is not None and piece.finish is not None])
         for _, job, piece in pieces:
             if piece is not None:
                 job.put(piece)
 
-    def _last(self, key: int, token: int) -> bool:
-        job = self.live[key]
-        return token in self.lanes.ends or job.written >= job.condition.max_new_tokens
-
-    def _checked(self, keys: list[int]) -> dict[int, Stop]:
+    def _checked(self, lanes: Lanes, live: Mapping[int, Answer], keys: list[int]) -> dict[int, Stop]:
         """Answers that a check inside them ends now."""
         if self.any_depth is None or not keys:
             return {}
-        written = {key: self.live[key].written for key in keys}
-        found = self.any_depth.checks(self.lanes, keys, written)
+        written = {key: live[key].written for key in keys}
+        found = self.any_depth.checks(lanes, keys, written)
         return {
             key: Stop(by=hit.by, at=hit.at, p=hit.p, threshold=hit.threshold)
             for key, hit in found.items()
             if hit is not None
         }
 
-    def _piece(self, job: Answer, token: int, last: bool, stop: Stop | None) -> Piece | None:
+    def _piece(self, lanes: Lanes, job: Answer, token: int, last: bool, stop: Stop | None) -> Piece | None:
         """What one more token adds to an answer; None when there is nothing to show yet."""
         first, content, reasoning = job.written == 1, "", ""
         if first and job.forced is None and token in self._control:
             job.opened = self._control[token]
-        elif token not in self.lanes.ends and stop is None:
+        elif token not in lanes.ends and stop is None:
             content, reasoning = job.text.add(token)
         finish: Any = None
         if stop is not None:
@@ -293,7 +311,7 @@ class Worker:
         elif job.text.stopped:
             finish = "stop"
         elif last:
-            finish = "stop" if token in self.lanes.ends else "length"
+            finish = "stop" if token in lanes.ends else "length"
             more, thought = job.text.end()
             content, reasoning = content + more, reasoning + thought
         if finish is None:

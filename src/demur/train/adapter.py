@@ -120,7 +120,7 @@ class Adapter:
         view = runtime.with_edits(*edits, control=self.control, name=name)
         # without the base's fingerprint nothing identifies the sum of both
         view.fingerprint = f"{runtime.fingerprint}+{self.fingerprint}" if runtime.fingerprint else None
-        view.shipped_point = self.shipped_point
+        view.shipped_point, view.base = self.shipped_point, runtime
         return view
 
     @contextmanager
