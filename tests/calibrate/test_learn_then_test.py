@@ -328,6 +328,16 @@ def test_the_budget_for_ordinary_prompts_holds_and_keeps_the_other_ones():
     assert ordinary_risk(free) > 1.5 * budget  # without it they are refused
 
 
+def test_every_category_gives_up_the_same_share_of_its_true_refusals_for_ordinary_prompts():
+    data = with_ordinary(np.random.default_rng(2), 400)
+    held = LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.015, n_boot=10).fit(*data, names=NAMES)
+    free = LearnThenTest(ALPHA, DELTA * 5 / 6, n_boot=10).fit(*data, names=NAMES)
+    kept = [held.thresholds[c].refusal_rate / free.thresholds[c].refusal_rate for c in NAMES[:-1]]
+    refused = min(free.thresholds[c].refusal_rate * free.thresholds[c].n_refuse for c in NAMES[:-1])
+    assert max(kept) < 1 and max(kept) - min(kept) <= 1.01 / refused
+    assert all(held.thresholds[c].tau > free.thresholds[c].tau for c in NAMES[:-1])
+
+
 def test_ordinary_prompts_within_their_budget_change_nothing_but_the_level():
     data = with_ordinary(np.random.default_rng(0), 400, shape=200.0)
     held = LearnThenTest(ALPHA, DELTA, ordinary_alpha=0.05, n_boot=10).fit(*data, names=NAMES)

@@ -30,10 +30,11 @@ class LearnThenTest(Calibrator):
     valid too.
 
     With `ordinary_alpha`, ordinary benign prompts (those that resemble no category) get a budget as well: the
-    share of them that opens with the refuse token of a steered category. All thresholds are raised by the same
-    amount on the logit scale, tested from the largest downwards at level delta / (K + 1), as are then the
-    categories. The path is fixed by the look-alikes, so the ordinary prompts test it independently, and raising
-    a threshold cannot break a look-alike budget.
+    share of them that opens with the refuse token of a steered category. All thresholds are raised together, so
+    that each category gives up the same share of the true refusals it had, tested from the largest share
+    downwards at level delta / (K + 1), as are then the categories. The path is fixed by look-alikes and
+    should-refuse prompts, so the ordinary prompts test it independently, and raising a threshold cannot break a
+    look-alike budget.
 
     Args:
         alpha: budget for the false refusal rate of each category.
@@ -92,26 +93,23 @@ class LearnThenTest(Calibrator):
         choices = [self._choose(s, level, self.alpha, candidates(s, self.taus)) for s in slices]
         if self.ordinary_alpha is None:
             return choices
-        shift = self._shift(slices, choices, level, self.ordinary_alpha)
-        return [self._raised(s, c, shift, level) for s, c in zip(slices, choices, strict=True)]
+        ways = [_Raising.of(s, c.tau) for s, c in zip(slices, choices, strict=True)]
+        given_up = self._given_up(slices, ways, level, self.ordinary_alpha)
+        if given_up == 0:
+            return choices
+        return [self._at(s, way.tau(given_up), level) for s, way in zip(slices, ways, strict=True)]
 
-    def _shift(
-        self, slices: Sequence[Slice], choices: Sequence[Choice], level: float, budget: float
+    def _given_up(
+        self, slices: Sequence[Slice], ways: Sequence[_Raising], level: float, budget: float
     ) -> float:
-        """By how many logits all thresholds must rise for the ordinary prompts' budget; 0 if not at all."""
+        """The share of its true refusals that each category gives up for the ordinary prompts' budget."""
         if any(s.general for s in slices):
             raise UnsupportedClaim(
                 "a budget for ordinary prompts needs look-alike prompts of every steered category: "
                 f"{', '.join(s.name for s in slices if s.general)} would use the ordinary ones twice"
             )
         # each prompt is emitted as one category at most, so one column of each row is above -inf
-        hit = np.max(
-            [
-                np.where(s.ordinary >= c.tau, _logit(s.ordinary) - _logit(c.tau), -np.inf)
-                for s, c in zip(slices, choices, strict=True)
-            ],
-            axis=0,
-        )
+        hit = np.max([way.share(s.ordinary) for s, way in zip(slices, ways, strict=True)], axis=0)
         everyone = Slice("ordinary", hit, hit, None, slices[0].ordinary_groups)
         n, needed = _draws(everyone), math.ceil(math.log(level) / math.log1p(-budget))
         if n < needed:
@@ -120,15 +118,11 @@ class LearnThenTest(Calibrator):
                 f"benign prompts (of no category, or of 'general'), all answered; found {n}. Add prompts, or "
                 "allow a larger ordinary_alpha or delta"
             )
-        shift = self._choose(everyone, level, budget, candidates(everyone)).tau
-        return 0.0 if (hit >= shift).sum() == (hit >= 0).sum() else shift
+        share = self._choose(everyone, level, budget, candidates(everyone)).tau
+        return 0.0 if (hit >= share).sum() == (hit >= 0).sum() else share
 
-    def _raised(self, s: Slice, choice: Choice, shift: float, level: float) -> Choice:
-        """The choice with its threshold `shift` logits higher, and the bound that then holds."""
-        if shift == 0:
-            return choice
-        logit = float(_logit(choice.tau)) + shift
-        tau = float(special.expit(logit)) if logit <= _logit(1.0) else 1.01  # above certainty: never
+    def _at(self, s: Slice, tau: float, level: float) -> Choice:
+        """This threshold, with the bound that holds for the look-alikes there."""
         n = _draws(s)
         if n == s.benign.size:
             return Choice(tau, float(upper_bound(int((s.benign >= tau).sum()), n, level)))
@@ -172,6 +166,38 @@ class LearnThenTest(Calibrator):
         if n == s.benign.size:
             return Choice(float(tested[best]), float(upper_bound(errors[best], n, level)))
         return Choice(float(tested[best]), _risk_bound(float(risk[best]), n, level))
+
+
+@dataclass(frozen=True, slots=True)
+class _Raising:
+    """How one category's threshold rises with the share of its true refusals that is given up.
+
+    It starts at `start`; between the scores of true refusals it rises evenly in log-odds: `logits` (m,) at
+    `shares` (m,), both rising.
+    """
+
+    start: float
+    logits: FloatArray
+    shares: FloatArray
+
+    @classmethod
+    def of(cls, s: Slice, tau: float) -> _Raising:
+        kept = np.sort(_logit(s.refuse[s.refuse >= tau]))
+        # a threshold at the i-th score (from 0) is on the way to giving up i + 1 of them; equal scores go together
+        logits, last = np.unique(np.append(_logit(tau), kept), return_index=True)
+        ends = np.append(last[1:], kept.size + 1) - 1
+        return cls(tau, logits, ends / max(kept.size, 1))
+
+    def share(self, scores: FloatArray) -> FloatArray:
+        """The largest share at which each score still refuses, -inf where it never does."""
+        shares = np.interp(_logit(scores), self.logits, self.shares)
+        return np.where(scores >= self.start, shares, -np.inf)
+
+    def tau(self, share: float) -> float:
+        """The threshold at a share; once all true refusals are given up nothing is refused."""
+        if share > self.shares[-1]:
+            return 1.01
+        return float(special.expit(np.interp(share, self.shares, self.logits)))
 
 
 _SURE = 1e-12
