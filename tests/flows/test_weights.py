@@ -27,6 +27,8 @@ from demur.runtime.base import ControlTokens
 from demur.runtime.control_rows import ControlRows
 from demur.runtime.layers import BlockEdit, find_layers
 from demur.runtime.local import LocalRuntime
+from demur.serve.engine import export_of
+from demur.serve.pointfile import PointFile
 from demur.train.adapter import LoraEdit
 from demur.types import Condition, OperatingPoint, Prompt, Site, Threshold
 from tests.runtime.tiny import CATEGORIES, tiny_model, tiny_runtime, tiny_tokenizer
@@ -160,7 +162,13 @@ def test_stock_lora_is_read_by_peft_over_the_base_that_it_needs(source: Path, tm
 
 def _stock_lora(peft: Any, source: Path, tmp_path: Path) -> None:
     runtime = adapted()
+    runtime.shipped_point = OperatingPoint(
+        id="p", thresholds={"safety": Threshold(tau=0.2)}, model_fingerprint=runtime.fingerprint
+    )
     made = weights.stock_lora(runtime, tmp_path / "out", source=source)
+    told = export_of(tmp_path / "out" / "base")
+    assert told.rows_in_base and told.point is not None and told.fingerprint == runtime.fingerprint
+    PointFile(told.point, runtime.control.names, fingerprint=told.fingerprint)  # a gateway can start on it
     back: Any = load_runtime(tmp_path / "out" / "base", dtype="float32")
     config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base") and config["r"] == 2

@@ -169,6 +169,16 @@ def test_the_untouched_base_answers_at_a_gate_or_where_it_is_asked_to(
     assert pieces[0].control_token == (None if gate else "respond") and "logit_bias" not in engine.seen[1]
 
 
+def test_control_tokens_are_forbidden_to_a_base_that_holds_their_rows(
+    running: tuple[Engine, str], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "base", engine.tuned)
+    options = {"base_model": "base", "rows_in_base": True}
+    run(running[1], lambda u: written(u.answer(ask(), "respond", bare=True)), engine, **options)
+    assert engine.seen[-1]["model"] == "base"
+    assert set(engine.seen[-1]["logit_bias"]) == {str(i) for i in engine.tuned.control.ids.values()}
+
+
 def test_a_base_that_is_there_writes_nothing_unasked(running: tuple[Engine, str], engine: Engine) -> None:
     run(running[1], lambda u: written(u.answer(ask(), "respond")), engine, base_model="base")
     assert engine.seen[-1]["model"] == "tuned"
@@ -371,7 +381,7 @@ def test_control_tokens_of_a_folder(tmp_path: Path, engine: Engine) -> None:
     ids = {name: size + i for i, name in enumerate(CATEGORIES)}
     (tmp_path / "demur.json").write_text(json.dumps({"control_tokens": ids, "fingerprint": "abc"}))
     assert control_of(tmp_path, tokenizer).ids == ids
-    assert export_of(tmp_path) == ("abc", None)
+    assert export_of(tmp_path) == ("abc", None, False)
     (tmp_path / "control_tokens.yaml").write_text(
         yaml.safe_dump({"tokens": {n: {"id": i + 1} for n, i in ids.items()}})
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -68,12 +68,27 @@ def control_of(folder: Path, tokenizer: Any, given: str | None = None) -> Contro
     return ControlTokens(ids=found, textless=False)
 
 
-def export_of(folder: Path) -> tuple[str | None, Path | None]:
-    """Fingerprint and operating point of a checkpoint that demur exported, None where the folder tells neither."""
+class Export(NamedTuple):
+    """What the folder of a served checkpoint tells of it.
+
+    `fingerprint` is that of the model its operating point is for. `rows_in_base`: the LoRA is apart, and the
+    folder, which is then the base model too, holds the control tokens' rows.
+    """
+
+    fingerprint: str | None
+    point: Path | None
+    rows_in_base: bool = False
+
+
+def export_of(folder: Path) -> Export:
+    """What is known of a checkpoint that demur exported; nothing of another one."""
     about = folder / ABOUT_FILE
     told = json.loads(read_text(about)) if about.is_file() else {}
     point = folder / POINT_FILE
-    return told.get("fingerprint"), point if point.is_file() else None
+    apart = told.get("form") == "lora"
+    return Export(
+        told.get("source_fingerprint" if apart else "fingerprint"), point if point.is_file() else None, apart
+    )
 
 
 def texts_of(given: str) -> dict[str, str]:

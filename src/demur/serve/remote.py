@@ -52,6 +52,8 @@ class RemoteUpstream:
         chat: the model's chat format: prompts go out as token ids (`/completions`). Without it `/chat/completions`.
         control: ids of the control tokens, with `chat`. control_text: {category: text}, without.
         base_model: the untouched model. It writes `bare` answers; with `gate` it writes all, and nothing is forced.
+        rows_in_base: it holds the control tokens' rows too, and without the LoRA would open with one: they are
+            forbidden then.
         timeout_s: seconds between two signs of life of the engine. top_logprobs: how many it lists, without `chat`.
         fingerprint: of the checkpoint it serves, where known; what the engine computes in is not (`dtype` None).
 
@@ -71,12 +73,13 @@ class RemoteUpstream:
         control_text: Mapping[str, str] | None = None,
         base_model: str | None = None,
         gate: bool = False,
+        rows_in_base: bool = False,
         timeout_s: float = 120.0,
         top_logprobs: int = 20,
         fingerprint: str | None = None,
     ) -> None:
         self.name = self.model = model
-        self.base_model, self.gate = base_model, gate
+        self.base_model, self.gate, self.rows_in_base = base_model, gate, rows_in_base
         self.has_base = base_model is not None
         self.fingerprint = fingerprint
         self.dtype: str | None = None
@@ -104,11 +107,12 @@ class RemoteUpstream:
         if engine.key_env and not key:
             raise InputError(f"upstream.key_env: the environment variable {engine.key_env} is not set")
         chat = control = fingerprint = None
+        rows_in_base = False
         text: dict[str, str] = {}
         if engine.tokenizer is not None:
             tokenizer = load_tokenizer(engine.tokenizer)
             control = control_of(engine.tokenizer, tokenizer, engine.control_tokens)
-            fingerprint, _ = export_of(engine.tokenizer)
+            fingerprint, _, rows_in_base = export_of(engine.tokenizer)
             chat = ChatFormat(tokenizer, control_ids=control.ids.values())
             if chat.thinks:
                 chat = ChatFormat(tokenizer, thinking=False, control_ids=control.ids.values())
@@ -123,6 +127,7 @@ class RemoteUpstream:
             control_text=text,
             base_model=engine.base_model,
             gate=gate,
+            rows_in_base=rows_in_base,
             timeout_s=timeout_s,
             top_logprobs=engine.top_logprobs,
             fingerprint=fingerprint,
@@ -180,6 +185,7 @@ class RemoteUpstream:
         opened = category if bare else category or seen.own
         if not bare:
             body["prompt"] = [*seen.ids, self.control.ids[opened]] if opened else seen.ids
+        if not bare or self.rows_in_base:
             body["logit_bias"] = {str(i): -100.0 for i in self.control.ids.values()}
         usage: Mapping[str, Any] = {}
         finish: str | None = None

@@ -55,7 +55,7 @@ def _remote(settings: Settings, engine: Engine) -> Prepared:
 
     if settings.evaluation == CORE:
         raise InputError("evaluation core: for a model here; for an engine, name a stored run (demur card)")
-    point = export_of(engine.tokenizer)[1] if engine.tokenizer is not None else None
+    point = export_of(engine.tokenizer).point if engine.tokenizer is not None else None
     shipped = load_operating_point(point) if point is not None else None
     if settings.operating_point is None and point is not None:
         saved = settings.points_folder or SAVED
