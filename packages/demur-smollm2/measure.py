@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from demur import judges, prompts
-from demur.calibrate import LearnThenTest, decide
+from demur.calibrate import LearnThenTest, cuts, decide
 from demur.control import RefusalTokens
 from demur.files import dump_operating_point, write_atomic
 from demur.flows.load import load_runtime
@@ -118,6 +118,30 @@ def dial(P: np.ndarray, items: PromptSet, names) -> dict:
     return out
 
 
+def calibrated(P: np.ndarray, items: PromptSet, names, alpha: float, ordinary_alpha: float) -> OperatingPoint:
+    """Thresholds within both budgets, on prompts drawn like these."""
+    return LearnThenTest(alpha=alpha, delta=0.1, ordinary_alpha=ordinary_alpha).fit(
+        P, truth(items), np.array([p.category for p in items]), names=names, calibrated_on="core/calibrate"
+    )
+
+
+def by_writer(P: np.ndarray, items: PromptSet, names, alpha: float, ordinary_alpha: float) -> dict:
+    """Ordinary requests of each writer that are declined when all others' set the thresholds."""
+    writer = np.array([p.meta["writer"] if p.meta["kind"] == "general" else "" for p in items])
+    out = {}
+    for w in sorted(set(writer) - {""}):
+        rest = writer != w
+        kept = PromptSet("rest", tuple(p for p, r in zip(items, rest, strict=True) if r))
+        point = calibrated(P[rest], kept, names, alpha, ordinary_alpha)
+        out[w] = show(rate(int(declined(P[~rest], names, point).sum()), int((~rest).sum())))
+    return out
+
+
+def declined(P: np.ndarray, names, point: OperatingPoint) -> np.ndarray:
+    """(n,) whether a refuse token is emitted."""
+    return decide(P, names, cuts(point), point.rule) < len(names) - 1
+
+
 def false_refusals_at(P: np.ndarray, items: PromptSet, true_rate: float) -> Rate:
     """False refusals on look-alikes where true refusals reach `true_rate`, thresholding p_refuse."""
     y, p = truth(items), P[:, :-1].sum(1)
@@ -216,7 +240,10 @@ def main() -> None:
         "--alpha", type=float, default=0.05, help="budget of false refusals for the operating point"
     )
     ask.add_argument(
-        "--ordinary-alpha", type=float, default=0.03, help="budget of ordinary prompts declined as anything"
+        "--ordinary-alpha", type=float, default=0.015, help="budget of ordinary prompts declined as anything"
+    )
+    ask.add_argument(
+        "--answers", choices=("model", "base"), default="base", help="who answers what is accepted"
     )
     ask.add_argument(
         "--without-tokens", type=Path, help="adapter trained in mode none, the baseline without a dial"
@@ -253,11 +280,9 @@ def main() -> None:
 
     held = prompts.core("calibrate")
     Pc = table(runtime, held)
-    point = LearnThenTest(alpha=args.alpha, delta=0.1, ordinary_alpha=args.ordinary_alpha).fit(
-        Pc, truth(held), np.array([p.category for p in held]), names=names, calibrated_on="core/calibrate"
-    )
     point = replace(
-        point,
+        calibrated(Pc, held, names, args.alpha, args.ordinary_alpha),
+        answers=args.answers,
         id=f"demur-smollm2/alpha{args.alpha:g}",
         model="demur-smollm2",
         model_fingerprint=runtime.fingerprint,
@@ -265,12 +290,23 @@ def main() -> None:
         calibration_hash=held.hash,
     )
     dump_operating_point(point, args.adapter / "operating_point.yaml")
+    runtime.shipped_point = point  # in place of the one that lay there
     category = np.array([p.category for p in test])
-    emitted = decide(P["core/test"], names, {c: t.tau for c, t in point.thresholds.items()})
+    emitted = decide(P["core/test"], names, cuts(point), point.rule)
     ordinary = np.array([p.meta.get("kind") == "general" for p in test])
     out["ordinary_refused_test"] = show(
         rate(int((emitted[ordinary] < len(names) - 1).sum()), int(ordinary.sum()))
     )
+    out["ordinary_by_writer"] = by_writer(Pc, held, names, args.alpha, args.ordinary_alpha)
+    print("ordinary by writer", json.dumps(out["ordinary_by_writer"]), flush=True)
+    out["declined"] = {
+        name: {
+            side: show(rate(int(declined(P[name], names, point)[which].sum()), int(which.sum())))
+            for side, which in (("to_decline", truth(items)), ("to_answer", ~truth(items)))
+        }
+        for name, items in sets.items()
+    }
+    print("declined", json.dumps(out["declined"]), flush=True)
     out["operating_point"] = {
         c: {
             "tau": t.tau,
@@ -308,9 +344,12 @@ def main() -> None:
     if not args.quick:
         out["agreement"] = agreement(runtime, point, sample(test, 7))
         print("agreement", json.dumps(out["agreement"]), flush=True)
-        alpaca = prompts.benign_alpaca()
-        out["usefulness"] = usefulness(runtime, base, point, PromptSet("alpaca200", alpaca.prompts[:200]))
+        alpaca = PromptSet("alpaca200", prompts.benign_alpaca().prompts[:200])
+        out["usefulness"] = usefulness(runtime, base, point, alpaca)
         print("usefulness", json.dumps(out["usefulness"]), flush=True)
+        own = replace(point, answers="model")
+        out["usefulness_own_text"] = usefulness(runtime, base, own, alpaca)
+        print("with its own text", json.dumps(out["usefulness_own_text"]), flush=True)
     write_atomic(args.out, json.dumps(out, indent=2) + "\n")
 
 

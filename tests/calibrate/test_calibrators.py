@@ -124,9 +124,13 @@ def test_intervals_cluster_by_group():
 
 def test_prompts_without_group_are_draws_of_their_own():
     P, expected, category = draw()
-    first = BestF1().fit(P, expected, category, [None] * len(P), names=NAMES).thresholds["safety"]
-    plain = BestF1().fit(P, expected, category, list(range(len(P))), names=NAMES).thresholds["safety"]
-    mixed = BestF1().fit(P, expected, category, [None, "x"] * (len(P) // 2), names=NAMES).thresholds["safety"]
+
+    def safety(group):
+        point = BestF1(rule="threshold").fit(P, expected, category, group, names=NAMES)
+        return point.thresholds["safety"]
+
+    first, plain = safety([None] * len(P)), safety(list(range(len(P))))
+    mixed = safety([None, "x"] * (len(P) // 2))
     assert first == plain and np.ptp(mixed.refusal_interval) > np.ptp(plain.refusal_interval)
 
 
@@ -163,7 +167,7 @@ def test_a_held_out_check_counts_and_judges_each_category():
     point = LearnThenTest(0.1, 0.1).fit(*draw(0), names=NAMES)
     P, expected, category = draw(1)
     report = check(point, P, expected, category, names=NAMES)
-    got = decide(P, NAMES, cuts(point))
+    got = decide(P, NAMES, cuts(point), point.rule)
     row = next(r for r in report.tables[0].rows if r[0] == "safety")
     assert (row[2].k, row[2].n) == (((got == 0) & expected & (category == "safety")).sum(), 60)
     assert (row[3].k, row[3].n) == (((got == 0) & ~expected & (category == "safety")).sum(), 150)
@@ -177,7 +181,8 @@ def test_a_check_on_the_calibration_data_says_so_and_a_loose_point_is_caught():
     point = LearnThenTest(0.1, 0.1).fit(*data, names=NAMES)
     assert any("no held-out check" in n for n in check(point, *data, names=NAMES).notes)
     loose = dataclasses.replace(
-        point, thresholds={k: dataclasses.replace(t, tau=0.05) for k, t in point.thresholds.items()}
+        point,
+        thresholds={k: dataclasses.replace(t, tau=0.05, bias=None) for k, t in point.thresholds.items()},
     )
     report = check(loose, *draw(1), names=NAMES)
     assert report.values["exceeded"] == ["safety", "humanizing"]

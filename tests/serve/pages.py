@@ -95,7 +95,7 @@ def calibrated() -> OperatingPoint:
     prompts = prompt_set(120, "calib")
     found = scores(prompts)
     table = np.array([[found[p.id].probabilities[c] for c in NAMES] for p in prompts])
-    point = LearnThenTest(alpha=0.1, delta=0.1, n_boot=100).fit(
+    point = LearnThenTest(alpha=0.1, delta=0.1, n_boot=100, rule="threshold").fit(
         table,
         [bool(p.should_refuse) for p in prompts],
         [p.category for p in prompts],

@@ -65,7 +65,9 @@ class Calibrator(ABC):
     """Scores, expectations and categories in, an `OperatingPoint` out. Settings here, data in `fit`.
 
     Attributes:
-        rule: decision rule that the thresholds are for (`demur.calibrate.decide`).
+        rule: decision rule that the thresholds are for (`demur.calibrate.decide`). By default the share of a
+            category against `respond`: where a request could be refused for two reasons, neither probability is
+            high and both shares are.
         steer: categories to set thresholds for; None means every refuse category.
         missing: what to do for a category without look-alike benign prompts: fall back to the "general"
             benign ones, saying so, or raise an "error".
@@ -73,7 +75,7 @@ class Calibrator(ABC):
     """
 
     _: KW_ONLY
-    rule: Rule = "threshold"
+    rule: Rule = "bias"
     steer: tuple[str, ...] | None = None
     missing: Literal["general", "error"] = "general"
     level: float = 0.95

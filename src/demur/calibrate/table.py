@@ -111,13 +111,13 @@ def refuse_rows(point: OperatingPoint, scores: npt.ArrayLike, groups: Sequence[s
 
 def _calibrator(goal: str, alpha: float, delta: float, rate: float | None) -> Calibrator:
     if goal == "max-tpr":
-        return LearnThenTest(alpha, delta)
+        return LearnThenTest(alpha, delta, rule="threshold")
     if goal == "best-f1":
-        return BestF1()
+        return BestF1(rule="threshold")
     if goal == "target-rate":
         if rate is None:
             raise InputError("goal 'target-rate' needs the rate, e.g. rate=0.9")
-        return TargetRate(rate)
+        return TargetRate(rate, rule="threshold")
     raise InputError(f"goal={goal!r}: use max-tpr, target-rate or best-f1")
 
 

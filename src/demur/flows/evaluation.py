@@ -201,7 +201,7 @@ def open_evaluation(where: str | Path, *, texts: bool = False) -> Evaluation:
 def core_evaluation(runtime: Runtime, *, T: float = 1.0, progress: Progress | None = None) -> Evaluation:
     """The packaged test prompts under a model, with the calibrate part as reference; kept in the user's cache.
 
-    Computed once per model, dtype and T: 3,671 prompts, a forward pass each.
+    Computed once per model, dtype and T: both parts, a forward pass for each prompt.
 
     Raises:
         InputError: the model has no control tokens.

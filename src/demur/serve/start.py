@@ -81,7 +81,9 @@ def _local(settings: Settings, say: Say) -> Prepared:
     settings = with_shipped_point(settings, shipped)
     stored = None
     if settings.evaluation == CORE:
-        say("scoring the packaged test prompts for the playground: 3,671 passes, kept for the next start")
+        say(
+            "scoring the packaged prompts for the playground, some minutes on a processor; kept for the next start"
+        )
         stored = core_evaluation(runtime, T=shipped.T if shipped is not None else 1.0)
     answers: Any = base_view(runtime) if settings.mode == "gate" else runtime
     upstream: Any = LocalUpstream(
