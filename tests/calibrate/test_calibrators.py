@@ -211,5 +211,6 @@ def test_describe_tells_n_errors_bound_and_wording():
     assert (row[4].k, row[4].n) == (t.benign_errors, t.n_benign) and row[3].value == pytest.approx(
         t.refusal_rate
     )
-    assert "drawn like set mine" in report.notes[0]
+    assert "drawn like set mine" in report.notes[0] and len(report.notes) == 1
+    assert "by the base" in describe(dataclasses.replace(point, answers="base")).notes[1]
     assert "Nothing is guaranteed" in describe(BestF1().fit(*draw(0), names=NAMES)).notes[0]

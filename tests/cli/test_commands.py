@@ -159,6 +159,14 @@ def test_calibrate_with_a_budget_for_ordinary_prompts(
     assert done.code == 2 and "max-tpr" in done.err
 
 
+def test_calibrate_says_who_answers(cli: Cli, model: ScriptedRuntime, prompts: Path, tmp_path: Path) -> None:
+    done = cli("calibrate", prompts, "-m", "any", "--answers", "base", "-o", tmp_path / "p.yaml")
+    assert done.code == 0 and "answered by the base" in done.err
+    assert load_operating_point(tmp_path / "p.yaml").answers == "base"
+    done = cli("calibrate", tmp_path / "t.csv", "--score", "p", "--answers", "base")
+    assert done.code == 2 and "not with --score" in done.err
+
+
 def test_calibrate_counts_a_group_of_prompts_once(cli: Cli, tmp_path: Path) -> None:
     rows = [
         {"id": str(i), "prompt": f"q{i}", "expected": "comply", "group": f"g{i // 30}"} for i in range(120)

@@ -128,6 +128,16 @@ def test_an_operating_point_decides_token_and_text(tmp_path: Path) -> None:
     assert all(r["control_forced"] for r in replies)
 
 
+def test_the_card_says_who_answers(tmp_path: Path) -> None:
+    point = OperatingPoint(id="p", thresholds={CATEGORIES[0]: Threshold(tau=0.5)}, answers="base")
+    with pytest.raises(InputError, match="answers: base"):
+        card(tokens_runtime(), prompt_set(8), tmp_path / "1", operating_point=point, progress=False)
+    runtime = tokens_runtime()
+    runtime.base = base_runtime()
+    card(runtime, prompt_set(8), tmp_path / "2", operating_point=point, progress=False)
+    assert "answered by the base, without the adapter" in (tmp_path / "2" / "card.html").read_text()
+
+
 def test_the_guaranteed_point_is_fitted_checked_and_written(tmp_path: Path) -> None:
     asked = prompt_set(30)
     result = card(

@@ -34,7 +34,10 @@ def describe(point: OperatingPoint) -> Report:
         title=f"Operating point {point.id}",
         tables=(Table(f"rule {point.rule}, goal {point.goal}", columns, rows),),
         provenance=_provenance(point),
-        notes=(point.guarantee or "Nothing is guaranteed: this goal makes no claim about new prompts.",),
+        notes=(
+            point.guarantee or "Nothing is guaranteed: this goal makes no claim about new prompts.",
+            *(["What is accepted is answered by the base, without the adapter."] * (point.answers == "base")),
+        ),
     )
 
 

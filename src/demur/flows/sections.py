@@ -210,6 +210,9 @@ def headline(data: CardData) -> tuple[Headline, str, str]:
     )
 
 
+BY_BASE = "answered by the base, without the adapter"
+
+
 def facts(data: CardData) -> tuple[tuple[str, str], ...]:
     """The line under the verdict: what was asked, under which condition, who judged."""
     condition = data.config["condition"]
@@ -220,6 +223,7 @@ def facts(data: CardData) -> tuple[tuple[str, str], ...]:
         ("skipped", f"{len(data.skipped)} that cannot be asked, see provenance" if data.skipped else ""),
         ("condition", condition.get("name", "default")),
         ("operating point", point),
+        ("accepted requests", BY_BASE if data.point and data.point.answers == "base" else ""),
         ("judge", data.config["judge"]),
         ("dtype", data.config["model"].get("dtype")),
         ("fingerprint", (data.config["model"].get("fingerprint") or "")[:12]),
