@@ -41,12 +41,19 @@ FITTED, READ, LAYERS, EVERY = (8, 16, 24, 32, 48), (16, 32, 64, 96), tuple(range
 SEED, SHUFFLES = 1, 20
 
 
+LATER = {f"calibrate-{n:02d}" for n in range(7, 15)}
+"""Writers who joined core/calibrate after these figures were made; the draw leaves them out."""
+
+
 def drawn(part: str, n: int, refuse: bool, *kinds: str) -> tuple[Prompt, ...]:
     """Prompts of one part of the corpus, evenly over categories, none of them on safety."""
     found = [
         p
         for p in prompts.core(part)
-        if bool(p.should_refuse) == refuse and p.category != "safety" and p.meta["kind"] in kinds
+        if bool(p.should_refuse) == refuse
+        and p.category != "safety"
+        and p.meta["kind"] in kinds
+        and p.meta["writer"] not in LATER
     ]
     return tuple(prompts.stratified(PromptSet(part, tuple(found)), n, SEED))
 

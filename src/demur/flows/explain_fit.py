@@ -113,7 +113,7 @@ def _key(
         {name: PromptSet(name, tuple(rows)).hash for name, rows in parts.items()},
         condition.system if condition else None,
         behaviour,
-        {name: t.tau for name, t in point.thresholds.items()} if point else None,
+        [point.rule, {name: t.tau for name, t in point.thresholds.items()}] if point else None,
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
