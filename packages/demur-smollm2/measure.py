@@ -347,9 +347,6 @@ def main() -> None:
         alpaca = PromptSet("alpaca200", prompts.benign_alpaca().prompts[:200])
         out["usefulness"] = usefulness(runtime, base, point, alpaca)
         print("usefulness", json.dumps(out["usefulness"]), flush=True)
-        own = replace(point, answers="model")
-        out["usefulness_own_text"] = usefulness(runtime, base, own, alpaca)
-        print("with its own text", json.dumps(out["usefulness_own_text"]), flush=True)
     write_atomic(args.out, json.dumps(out, indent=2) + "\n")
 
 
