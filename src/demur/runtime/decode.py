@@ -82,9 +82,10 @@ def _written(
     count: Callable[[int], None],
 ) -> list[list[list[int]]]:
     """New token ids of each job, for each draw."""
+    rows = [job.ids if job.bare else with_control(runtime, job) for job in jobs]
 
     def work(batch: list[int], prefix: Prefix | None) -> list[list[list[int]]]:
-        ids = [with_control(runtime, jobs[i]) for i in batch]
+        ids = [rows[i] for i in batch]
         closed = torch.tensor([jobs[i].forced is not None or bool(jobs[i].begun) for i in batch])
         out = []
         for sample in range(draws):
@@ -93,12 +94,7 @@ def _written(
         count(len(batch))
         return [list(of_row) for of_row in zip(*out, strict=True)]
 
-    return runtime.batched(
-        [with_control(runtime, j) for j in jobs],
-        work,
-        extra=condition.max_new_tokens,
-        share=gap_fits(runtime.model),
-    )
+    return runtime.batched(rows, work, extra=condition.max_new_tokens, share=gap_fits(runtime.model))
 
 
 def prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> Job:
