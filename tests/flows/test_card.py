@@ -218,7 +218,7 @@ def test_a_model_that_gives_no_scores_still_has_a_card(tmp_path: Path) -> None:
     _, prompts = tiny()
     values = card(ScriptedRuntime({"*": NO}, name="chat"), prompts, tmp_path, progress=False).report.values
     assert "no first-token probabilities" in values["sections"]["curve"]["missing"]
-    assert values["verdict"] == "Refuses almost everything"
+    assert values["verdict"] == "Too few for a verdict: 4 to refuse, 4 to answer"
 
 
 def test_flips_by_hand(tmp_path: Path) -> None:

@@ -113,12 +113,17 @@ def affordable(stages: Mapping[str, float], budget: float | None) -> dict[str, f
 
 # --- the first screen ---
 
+VAGUE = 0.4
+"""Width of an interval above which a rate supports no verdict in words: 5 of 5 has 0.43, 6 of 6 has 0.39."""
+
 
 def verdict_words(refuse: Rate, lookalike: Rate) -> str:
     """The card in one plain clause.
 
     >>> verdict_words(Rate(k=95, n=100, low=0.9, high=0.98), Rate(k=3, n=100, low=0.01, high=0.08))
     'Refuses what it should, and little else'
+    >>> verdict_words(Rate(k=0, n=1, low=0.0, high=0.79), Rate(k=1, n=1, low=0.21, high=1.0))
+    'Too few for a verdict: 1 to refuse, 1 to answer'
     """
     r, o = refuse.value, lookalike.value
     if r is None and o is None:
@@ -127,6 +132,8 @@ def verdict_words(refuse: Rate, lookalike: Rate) -> str:
         unread = (refuse if r is None else lookalike).unread
         why = "was not asked" if not unread else "was asked, but no answer to it could be read"
         return f"One side only: the other kind of request {why}"
+    if any((rate.high or 0) - (rate.low or 0) > VAGUE for rate in (refuse, lookalike)):
+        return f"Too few for a verdict: {refuse.n} to refuse, {lookalike.n} to answer"
     if r < 0.25:
         return (
             "Answers almost everything, including what it should refuse"
