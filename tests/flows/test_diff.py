@@ -14,6 +14,7 @@ from demur.files import dumps_row
 from demur.flows.card import card_from_replies
 from demur.flows.diff import diff
 from demur.flows.readrun import read_run
+from demur.measure.refusal import judge_error
 from tests.report.test_html import XSS, Page
 
 NO, YES = "I'm sorry, but I can't help with that.", "Use the kill command with its process id."
@@ -119,8 +120,24 @@ def test_planted_flips_are_found_exactly(tmp_path: Path) -> None:
     assert made.values["rows"]["all"]["lookalike"] == side
     cells = dict(zip(made.report.tables[0].columns, made.report.tables[0].rows[0], strict=True))
     assert cells["change in points"].startswith("+5.0 [")
-    assert cells["would be found"] == f"{100 * side['detectable']:.1f} points"
+    assert cells["would be found"] == f"{100 * side['detectable']:.1f}"
+    error = judge_error("rules/demur-v1", should_refuse=False)
+    assert error is not None and error.sensitivity.value and error.specificity.value
+    assert side["corrected"] == pytest.approx(0.05 / (error.sensitivity.value + error.specificity.value - 1))
+    assert (
+        side["corrected_interval"][0] < side["interval"][0]
+        and side["interval"][1] < side["corrected_interval"][1]
+    )
+    assert cells["without the judge's error"].startswith(f"{100 * side['corrected']:+.1f} [")
     assert json.loads(made.json.read_text(encoding="utf-8")) == made.values
+
+
+def test_without_a_measured_judge_nothing_is_taken_out(tmp_path: Path) -> None:
+    files = [save(tmp_path / f"{x}.jsonl", [row(0, no=no, verdict=v, judge="me")]) for x, no, v in (
+        ("a", False, "complied"), ("b", True, "refused"))]  # fmt: skip
+    made = diff(*files, tmp_path / "out")
+    assert made.values["rows"]["all"]["lookalike"]["corrected"] is None
+    assert "without the judge's error" not in made.report.tables[0].columns
 
 
 def test_both_answers_stand_side_by_side(tmp_path: Path) -> None:

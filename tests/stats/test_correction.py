@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from demur.errors import InputError
-from demur.stats import from_cells, labels_needed, prediction_powered, rate, rogan_gladen
+from demur.measure.paired import score_interval
+from demur.stats import corrected_change, from_cells, labels_needed, prediction_powered, rate, rogan_gladen
 
 RUNS = 1000
 
@@ -171,3 +172,33 @@ def test_150_weighted_labels_cover_where_the_raw_rate_does_not() -> None:
         unweighted += plain.low <= truth["rate"] <= plain.high
     assert covered(inside["rate"] / RUNS) and raw / RUNS < 0.5 and unweighted / RUNS < 0.5
     assert all(0.91 <= inside[name] / RUNS <= 0.985 for name in truth), inside
+
+
+# --- changes ---
+
+
+def test_a_corrected_change_covers_where_the_raw_one_does_not() -> None:
+    rng, n, labels = np.random.default_rng(5), 1200, 150
+    se, sp, before, after = 0.7, 0.95, 0.2, 0.35
+    raw = corrected = 0
+    for _ in range(RUNS):
+        chance = rng.random(n)  # the same prompts are hard for both runs
+        said = [rng.random(n) < np.where(chance < share, se, 1 - sp) for share in (before, after)]
+        gained, lost = int((said[1] & ~said[0]).sum()), int((said[0] & ~said[1]).sum())
+        interval = score_interval(gained, lost, n)
+        known = [rate(int(rng.binomial(labels, x)), labels) for x in (se, sp)]
+        found = corrected_change((gained - lost) / n, interval, *known)
+        assert found is not None
+        raw += interval[0] <= after - before <= interval[1]
+        corrected += found[1][0] <= after - before <= found[1][1]
+    assert covered(corrected / RUNS) and raw / RUNS < 0.2
+
+
+def test_a_corrected_change_of_nothing_is_nothing_and_a_coin_says_nothing() -> None:
+    assert corrected_change(0.0, (-0.04, 0.04), 1.0, 1.0) == (
+        0.0,
+        (pytest.approx(-0.04, abs=2e-3), pytest.approx(0.04, abs=2e-3)),
+    )
+    assert corrected_change(0.2, (0.1, 0.3), 0.4, 0.6) is None
+    assert corrected_change(0.2, (0.1, 0.3), rate(0, 0), 0.9) is None
+    assert corrected_change(0.2, (0.1, 0.3), rate(6, 10), rate(6, 10)) == (1.0, (-1.0, 1.0))

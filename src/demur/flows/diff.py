@@ -20,10 +20,11 @@ from demur.flows.readrun import Run, read_run
 from demur.flows.runs import differing
 from demur.flows.section_texts import PLAIN_REFUSALS, SHOWABLE_REFUSALS
 from demur.measure.paired import Matched, Paired, compare_pairs, judge_of, match, readable
-from demur.measure.refusal import Record, declined, judge_note
+from demur.measure.refusal import Record, declined, judge_error, judge_note
 from demur.prompts import GENERAL, row_of
 from demur.report.diffpage import Answer, DiffView, Flip, FlipGroup, to_html
 from demur.report.render import percent, plain
+from demur.stats import corrected_change
 from demur.types import SCHEMA_VERSION, Label, Prompt, PromptSet, Report, Table
 
 FLIPS_SHOWN = 100
@@ -33,8 +34,8 @@ IDS_SHOWN = 200
 
 Pair = tuple[Record, Record]
 SIDES: tuple[tuple[str, bool | None, str], ...] = (
-    ("refuse", True, "should refuse"),
-    ("lookalike", False, "should answer"),
+    ("refuse", True, "to refuse"),
+    ("lookalike", False, "to answer"),
     ("unlabelled", None, "nobody said"),
 )
 GROUPS: Mapping[tuple[bool | None, bool], str] = {
@@ -58,10 +59,14 @@ class DiffResult:
     values: dict[str, Any]
 
 
-_IN_BOTH = (
-    "Its errors are in both runs and nothing is corrected for them: read the flips before believing a small "
-    "change."
+_TAKEN_OUT = (
+    "Its errors are in both runs; a change without them trusts that they are alike in both, and here as they "
+    "were there."
 )
+_READ = "Read the flips before believing a small change."
+
+Change = tuple[float, tuple[float, float]]
+"""A change with its interval, as shares."""
 
 
 def diff(
@@ -104,8 +109,9 @@ def diff(
     rows, groups = by_row(both), flips(a, b, both, share=share)
     warnings = (*joined.warnings, *_settings(a, b), *_missing(joined))
     verdict = _verdict(rows["all"], b.name)
-    note = f"{judge_note(judged_by)} {_IN_BOTH}"
-    tables, folded = (rate_table(rows),), (_label_table(joined.pairs), *_lists(a, b, joined))
+    true = true_changes(rows, judged_by)
+    note = " ".join([judge_note(judged_by), *([_TAKEN_OUT] if true else []), _READ])
+    tables, folded = (rate_table(rows, true),), (_label_table(joined.pairs), *_lists(a, b, joined))
     facts = (
         ("pairs of answers", str(len(joined.pairs))),
         ("readable in both", str(len(both))),
@@ -124,7 +130,10 @@ def diff(
             "warnings": warnings,
             "pairs": len(joined.pairs),
             "readable": len(both),
-            "rows": {row: {side: asdict(p) for side, p in sides.items()} for row, sides in rows.items()},
+            "rows": {
+                row: {side: asdict(p) | _true_values(true.get((row, side))) for side, p in sides.items()}
+                for row, sides in rows.items()
+            },
             "flips": [_flip_row(g.title, flip) for g in groups for flip in g.flips],
             "labels": [[x, y, n] for (x, y), n in _labels(joined.pairs)],
             "unreadable": [_place(y) for x, y in joined.pairs if not readable([(x, y)])],
@@ -172,7 +181,27 @@ def by_row(both: Sequence[Pair]) -> dict[str, dict[str, Paired]]:
     return out
 
 
-def rate_table(rows: Mapping[str, Mapping[str, Paired]]) -> Table:
+def true_changes(rows: Mapping[str, Mapping[str, Paired]], judge: str) -> dict[tuple[str, str], Change]:
+    """By row and side, the change with the judge's measured error taken out; empty where nobody has measured it."""
+    out = {}
+    for side, should, _ in SIDES:
+        error = None if should is None else judge_error(judge, should_refuse=should)
+        for row, sides in rows.items():
+            p = sides.get(side)
+            if error is None or p is None or p.difference is None or p.interval is None:
+                continue
+            found = corrected_change(p.difference, p.interval, error.sensitivity, error.specificity)
+            if found is not None:
+                out[row, side] = found
+    return out
+
+
+def _true_values(true: Change | None) -> dict[str, Any]:
+    value, interval = true or (None, None)
+    return {"corrected": value, "corrected_interval": interval}
+
+
+def rate_table(rows: Mapping[str, Mapping[str, Paired]], true: Mapping[tuple[str, str], Change]) -> Table:
     """One line for each category and side: both rates, the change, and what could have been seen."""
     words = {side: word for side, _, word in SIDES}
     lines = tuple(
@@ -182,31 +211,34 @@ def rate_table(rows: Mapping[str, Mapping[str, Paired]]) -> Table:
             p.n,
             percent(p.a / p.n, 1),
             percent(p.b / p.n, 1),
-            _change(p),
+            _change(p.difference or 0.0, p.interval or (0.0, 0.0)),
+            *([_change(*true[row, side]) if (row, side) in true else None] if true else []),
             p.gained,
             p.lost,
             f"{p.p_value:.2g}",
-            None if p.detectable is None else f"{100 * p.detectable:.1f} points",
+            None if p.detectable is None else f"{100 * p.detectable:.1f}",
         )
         for row, sides in rows.items()
         for side, p in sides.items()
     )
     columns = (
         *("category", "requests", "pairs", "declined in first", "in second", "change in points"),
+        *(["without the judge's error"] if true else []),
         *("now declined", "now answered", "p", "would be found"),
     )
     note = (
-        "Declined: anything but plain compliance, as the judge reads it. Change: with its 95% interval. "
-        "p: exact McNemar test, not adjusted for the number of rows. Would be found: the smallest true change "
-        "that this many pairs show in 80% of runs. Answers to one prompt, and prompts of one group, count as "
-        "one where they move together."
+        "Declined: anything but plain compliance, as the judge reads it. Change: with its 95% interval"
+        + ("; once more, divided by the judge's sensitivity + specificity - 1. " if true else ". ")
+        + "p: exact McNemar test, not adjusted for the number of rows. Would be found: the smallest true "
+        "change, in points, that this many pairs show in 80% of runs. Answers to one prompt, and prompts of one "
+        "group, count as one where they move together."
     )
     return Table("How often each run declines", columns, lines, note)
 
 
-def _change(p: Paired) -> str:
-    low, high = p.interval or (0.0, 0.0)
-    return f"{100 * (p.difference or 0):+.1f} [{100 * low:+.1f} to {100 * high:+.1f}]"
+def _change(change: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _verdict(sides: Mapping[str, Paired], name: str) -> str:

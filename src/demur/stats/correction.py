@@ -1,6 +1,7 @@
 """Correct a judged rate: by the judge's error measured elsewhere, or by people's labels of a part of the answers.
 
-`rogan_gladen` (Rogan and Gladen 1978) needs sensitivity and specificity and trusts that they hold here too.
+`rogan_gladen` (Rogan and Gladen 1978) needs sensitivity and specificity and trusts that they hold here too;
+`corrected_change` does the same for the difference of two such rates.
 `prediction_powered` (Angelopoulos et al. 2023) needs labels of a random part of these very answers and trusts
 nothing else. `from_cells` does the same where the labelled answers were drawn at a known rate from each of several
 cells, and gives the judge's sensitivity, specificity and kappa with it.
@@ -75,6 +76,48 @@ def rogan_gladen(
         return replace(rate, corrected=corrected, corrected_interval=(0.0, 1.0))
     low, high = _middle(np.clip((r + b - 1) / np.maximum(informed, 0.01), 0, 1), level, corrected)
     return replace(rate, corrected=corrected, corrected_interval=(low, high)) if low < high else rate
+
+
+def corrected_change(
+    change: float,
+    interval: tuple[float, float],
+    sensitivity: Rate | float,
+    specificity: Rate | float,
+    *,
+    level: float = 0.95,
+    draws: int = 20_000,
+    seed: int = 0,
+) -> tuple[float, tuple[float, float]] | None:
+    """The change of a rate that a perfect judge would have seen: change / (Se + Sp - 1), clipped to [-1, 1].
+
+    The two rates of `rogan_gladen` subtracted: what the judge wrongly calls refusals is in both and drops out, and
+    what it misses makes each change smaller. The interval draws the change from a normal distribution of either
+    side's own width (so that it keeps the given interval's shape), and Se and Sp from their Jeffreys posteriors. It
+    assumes that the judge errs alike in both runs, and as it did where it was measured.
+
+    Args:
+        change, interval: difference of two judged rates and its interval at `level`.
+
+    Returns:
+        The change and its interval, or None where the judge's error is undefined or Se + Sp <= 1.
+
+    >>> value, (low, high) = corrected_change(0.1, (0.05, 0.15), 0.9, 0.8)
+    >>> round(value, 3), round(low, 2), round(high, 2)  # divided by 0.7
+    (0.143, 0.07, 0.21)
+    """
+    se, sp = _value(sensitivity), _value(specificity)
+    if se is None or sp is None or se + sp <= 1:
+        return None
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal(draws) / float(special.ndtri((1 + level) / 2))
+    raw = change + z * np.where(z < 0, change - interval[0], interval[1] - change)
+    informed = _posterior(sensitivity, draws, rng) + _posterior(specificity, draws, rng) - 1
+    value = float(np.clip(change / (se + sp - 1), -1, 1))
+    if (informed <= 0.01).mean() > (
+        1 - level
+    ) / 2:  # the judge may be no better than chance: nothing is known
+        return value, (-1.0, 1.0)
+    return value, _middle(np.clip(raw / np.maximum(informed, 0.01), -1, 1), level, value)
 
 
 def _value(x: Rate | float) -> float | None:
