@@ -56,6 +56,13 @@ def test_to_batch_from_batch_parts_and_join(cli: Cli, answers: Path, tmp_path: P
         assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_an_endpoint_is_divided_prompt_by_prompt(cli: Cli, answers: Path, tmp_path: Path) -> None:
+    asked = ("measure", "-m", "http://localhost:9/v1#m", "--suite", answers, "--limit", "6")
+    for i in (1, 2, 3):
+        made = cli(*asked, "--shard", f"{i}/3", "--dry-run")
+        assert made.code == 0 and made.out.startswith("requests:       2\n"), made.out + made.err
+
+
 def test_batch_output_with_its_input_as_prompts(cli: Cli, answers: Path, tmp_path: Path) -> None:
     some = build.answers(3)
     cli("measure", "-m", "m", "--suite", answers, "--limit", "3", "--to-batch", tmp_path / "in.jsonl")

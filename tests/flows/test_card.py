@@ -9,6 +9,7 @@ import pytest
 from demur.errors import InputError, MismatchError
 from demur.files import load_operating_point
 from demur.flows.card import card, card_from_replies, report
+from demur.flows.sections import affordable
 from demur.runtime.scripted import ScriptedRuntime
 from demur.stats import rate
 from demur.types import Condition, Label, OperatingPoint, Prompt, PromptSet, Reply, Score, Threshold
@@ -419,6 +420,16 @@ def test_prompts_that_cannot_be_asked_are_counted_and_cost_nothing_else(tmp_path
     runtime.problem = lambda p, c: "too long"  # type: ignore[method-assign]
     with pytest.raises(InputError, match="none of the 8 prompts"):
         card(runtime, prompts, tmp_path / "2", progress=False)
+
+
+def test_a_set_to_calibrate_on_is_scored_whatever_it_costs(tmp_path: Path) -> None:
+    runtime, asked = tokens_runtime(), prompt_set(10)
+    made = card(runtime, asked, tmp_path, calibrate=prompt_set(120, "fit"), budget=1.0, progress=False)
+    assert made.report.values["sections"]["curve"]["values"]["guaranteed"]["calibrated_on"] == "fit"
+    assert affordable({"scores": 60.0, "scores-calibrate": 90.0, "where": 30.0}, 120) == {
+        "scores-calibrate": 90.0
+    }
+    assert affordable({"scores": 60.0, "scores-calibrate": 90.0}, 120, {"scores-calibrate"}) == {}
 
 
 def test_the_shipped_point_is_the_default_and_a_set_to_calibrate_on_is_still_used(tmp_path: Path) -> None:

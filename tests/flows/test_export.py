@@ -23,7 +23,8 @@ from demur.files import dumps_row
 from demur.flows.export import export, exported, rates
 from demur.flows.readrun import Run, read_run
 from demur.flows.runs import HARMLESS_TO_KEEP
-from demur.report.exports import SAFE_LABELS
+from demur.report.exports import SAFE_LABELS, Item
+from demur.types import Label, Prompt, Reply, Verdict
 
 WHEN = "2026-01-02T03:04:05+00:00"
 NO, YES = "I'm sorry, but I can't help with that.", "Sure. Step one: open the lid."
@@ -98,6 +99,15 @@ def test_file_names_are_those_that_inspect_lists(run: Run, tmp_path: Path) -> No
 
 def test_answers_that_should_not_exist_stay_at_home(run: Run, tmp_path: Path) -> None:
     assert SAFE_LABELS == HARMLESS_TO_KEEP
+    harmful = Prompt.of("x", id="a", expected=[Label.FULL_REFUSAL])
+    for reply in (Reply(prompt_id="a", content=YES), Reply(prompt_id="a", reasoning=YES)):
+        item = Item(
+            prompt=harmful,
+            reply=reply,
+            verdict=Verdict(prompt_id="a", label="error", judge="j"),
+            declined=None,
+        )
+        assert not item.shown() and YES not in item.text()
     log = log_of(run, tmp_path)
     bad = next(s for s in log["samples"] if s["id"] == "refuse-4")
     assert YES not in json.dumps(bad) and f"{len(YES)} characters" in bad["output"]["completion"]

@@ -160,6 +160,21 @@ def test_text_that_may_answer_what_should_be_refused_is_not_kept(
     assert "secret" in json.dumps(stored_row(prompt, reply, verdict, keep_unsafe_text=True))
 
 
+def test_a_judge_that_failed_and_an_answer_that_broke_off_keep_no_text() -> None:
+    prompt = Prompt.of("x", id="a", expected=REFUSE)
+    failed = Verdict(prompt_id="a", label=Label.ERROR, judge="rubric/x@m", read="error")
+    assert "secret" not in json.dumps(stored_row(prompt, Reply(prompt_id="a", content="secret"), failed))
+    broken = Verdict(prompt_id="a", label=Label.ERROR, judge="provider/field", read="error")
+    reply = Reply(prompt_id="a", content="secret", error="connection lost")
+    row = stored_row(prompt, reply, broken)
+    assert "secret" not in json.dumps(row) and row["error"] == "connection lost"
+    thought = stored_row(
+        prompt, Reply(prompt_id="a", reasoning="secret"), Verdict(prompt_id="a", label=Label.EMPTY, judge="j")
+    )
+    assert "secret" not in json.dumps(thought)
+    assert "withheld" not in stored_row(prompt, Reply(prompt_id="a", error="timeout"), broken)
+
+
 def test_the_hash_of_a_plain_reply_is_that_of_its_text() -> None:
     prompt, verdict = (
         Prompt.of("x", id="a", expected=REFUSE),

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from demur.errors import InputError
+from demur.files import to_row
 from demur.report import load_answers
-from demur.types import Label, Prompt, PromptSet
+from demur.types import Label, Prompt, PromptSet, Reply
 
 ROW = {"id": "a", "prompt": "Hi?", "response": "Hello.", "category": "safety", "expected": "comply"}
 
@@ -40,6 +41,31 @@ def test_samples_share_a_prompt(tmp_path: Path) -> None:
     found = load_answers(jsonl(tmp_path / "a.jsonl", ROW, {"id": "a", "sample": 1, "response": "No."}))
     assert len(found.prompts) == 1
     assert [r.sample for r in found.replies] == [0, 1]
+
+
+def test_our_own_answers_come_back_whole(tmp_path: Path) -> None:
+    reply = Reply(
+        prompt_id="a", content="No.", condition="brief", control_token="safety", control_forced=True
+    )
+    found = load_answers(
+        jsonl(tmp_path / "a.jsonl", {**to_row(reply), "prompt": "Hi?", "expected": "comply"})
+    )
+    assert found.replies == (reply,)
+    csv = tmp_path / "a.csv"
+    csv.write_text("id,prompt,response,condition,control_token,control_forced\na,Hi?,No.,brief,safety,True\n")
+    assert load_answers(csv).replies == (reply,)
+
+
+def test_a_report_knows_one_condition(tmp_path: Path) -> None:
+    two = [{**ROW, "condition": c, "verdict": "complied"} for c in ("plain", "brief")]
+    found = load_answers(jsonl(tmp_path / "a.jsonl", *two))
+    assert [(r.condition, r.sample) for r in found.replies] == [("plain", 0), ("brief", 0)]
+    assert [v.condition for v in found.verdicts] == ["plain", "brief"]
+    with pytest.raises(InputError, match="'a' is answered under the conditions 'plain' and 'brief'"):
+        found.under_one_condition()
+    # a column of that name that says something else of each prompt
+    apart = load_answers(jsonl(tmp_path / "b.jsonl", two[0], {**two[1], "id": "b"})).under_one_condition()
+    assert {r.condition for r in (*apart.replies, *apart.verdicts)} == {"default"}
 
 
 def test_prompts_from_elsewhere(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def measure(
     intervals, the judge's measured error, and what could not be read. Writes a run folder with report.json;
     stopped at any moment, the same command goes on where it was.
     """
-    from demur.flows import batchfiles
+    from demur import models
+    from demur.flows import batchfiles, runs
     from demur.flows import measure as flow
 
     _check_modes(ctx, merge=merge, replies=replies, to_batch=to_batch, from_batch=from_batch, dry_run=dry_run)
@@ -146,11 +147,14 @@ def measure(
             system or [], samples=samples, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
         )
         part = batchfiles.parse_shard(shard) if shard else None
-        some = asked.prompts if part is None else batchfiles.shard_of(asked.prompts, part)
         if dry_run:
+            # as the run itself: an endpoint is asked prompt by prompt, a model here in whole windows
+            window = 1 if model and models.endpoint(model) else runs.WINDOW
+            some = asked.prompts if part is None else batchfiles.shard_of(asked.prompts, part, window)
             say("\n".join(_estimate(model, some, conditions, samples).lines))
             return
         if to_batch is not None:
+            some = asked.prompts if part is None else batchfiles.shard_of(asked.prompts, part)
             n = batchfiles.write_batch(to_batch, some, conditions, samples=samples, model=_model_name(model))
             warn(
                 f"{n} requests: {to_batch}\nAfterwards: the same command with --from-batch instead of --to-batch."

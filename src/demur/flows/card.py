@@ -28,7 +28,7 @@ from demur.flows.sections import affordable
 from demur.flows.settings import base_config, model_config, public_name, set_config
 from demur.flows.where import states_stages
 from demur.flows.write import CardResult, report, write_card
-from demur.prompts import stratified
+from demur.prompts import GENERAL, row_of, stratified
 from demur.report.importers import load_answers
 from demur.runtime.base import Decide, Runtime
 from demur.types import Condition, OperatingPoint, Prompt, PromptSet
@@ -117,6 +117,8 @@ def card(
         from demur.prompts import core
 
         prompts, spare = core("test"), core("calibrate")
+        # a budget for ordinary requests is not promised here, so those need not be scored
+        spare = PromptSet(f"{spare.name} without ordinary", tuple(p for p in spare if row_of(p) != GENERAL))
     if not len(prompts):
         raise InputError("the prompt set is empty; a card needs at least one prompt")
     if samples > 1 and not condition.temperature:
@@ -131,6 +133,7 @@ def card(
         held = (operating_point.alpha, operating_point.delta)
         if operating_point.guarantee and (alpha, delta) in (held, USUAL_GUARANTEE):
             spare = None
+    wanted = {"scores-calibrate"} if calibrate is not None or (alpha, delta) != USUAL_GUARANTEE else set()
     calibrate = (calibrate if calibrate is not None else spare) if runtime.control else None
     asked, skipped = askable(runtime, prompts, condition)
     fit_on, skipped_fit = askable(runtime, calibrate, condition) if calibrate is not None else (None, {})
@@ -153,7 +156,7 @@ def card(
         runtime, baseline, PromptSet(asked.name, stratified(asked, QUADRANTS, seed)), condition, full=full
     )
     stages += depth_stages(runtime, baseline, asked, condition, rule)
-    left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget)
+    left_out = affordable({s.name: s.seconds for s in stages}, None if full else budget, wanted)
     stages = [s for s in stages if s.name not in left_out]
     fitted = calibrate if any(s.name == "scores-calibrate" for s in stages) else None
     config = {
@@ -252,7 +255,7 @@ def card_from_replies(
     Raises:
         InputError: as `load_answers`, or a folder that holds the run of a model.
     """
-    answers = load_answers(replies, prompts)
+    answers = load_answers(replies, prompts).under_one_condition()
     own = sorted({v.judge for v in answers.verdicts})
     if len(own) > 1:
         raise InputError(f"{replies}: verdicts of several judges ({', '.join(own)}); a card needs one")

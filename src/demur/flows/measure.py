@@ -166,6 +166,7 @@ def measure_answers(
     >>> rates["all"]["lookalike"].n
     1
     """
+    answers = answers.under_one_condition()
     own = sorted({v.judge for v in answers.verdicts})
     if len(own) > 1:
         raise InputError(f"verdicts of several judges ({', '.join(own)}); a report needs one")

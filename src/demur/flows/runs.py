@@ -30,10 +30,10 @@ from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
 WINDOW = 64
 """Prompts per commit. Part of the run's identity: the runtime sees one window at a time."""
 
-HARMLESS_TO_KEEP = frozenset(
-    {Label.FULL_REFUSAL, Label.ABSTENTION, Label.CLARIFICATION, Label.BLOCKED, Label.EMPTY, Label.ERROR}
-)
-"""Verdicts whose text is kept even on a prompt that should be refused. Everything else may hold an answer."""
+HARMLESS_TO_KEEP = frozenset({Label.FULL_REFUSAL, Label.ABSTENTION, Label.CLARIFICATION, Label.BLOCKED})
+"""Verdicts whose text is kept even on a prompt that should be refused. All others may hold an answer: a judge that
+failed has said nothing of the text, an answer that broke off may have begun, and thinking is text too.
+"""
 
 _STREAM = re.compile(
     r"((prompts|scores)(-tense|-calibrate)?|(replies|verdicts)(-.+)?|where|changed|depth)\.jsonl", re.DOTALL
@@ -62,6 +62,8 @@ def stored_row(prompt: Prompt, reply: Reply, verdict: Verdict, *, keep_unsafe_te
         return to_row(reply)
     calls = json.dumps([dict(call) for call in reply.tool_calls], default=dict) if reply.tool_calls else ""
     text = "\n".join(part for part in (reply.reasoning, reply.content, calls) if part)
+    if not text:
+        return to_row(reply)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     row = to_row(replace(reply, content="", reasoning=None, tool_calls=()))
     row["withheld"] = {"sha256": digest, "characters": len(text)}

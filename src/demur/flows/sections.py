@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ SECTIONS: tuple[SectionSpec, ...] = (
     SectionSpec("calibration", ("scores",), 1, calibration_section),
     SectionSpec("confusion", ("scores",), 1, confusion_section),
     SectionSpec("examples", ("scores", "texts"), 0.1, examples_section),
+    SectionSpec("guarantee", ("scores-calibrate",), 3, None, optional=True),
     SectionSpec("comparison", ("texts", "texts-baseline"), 1, comparison_section, optional=True),
     SectionSpec("tense", ("scores-tense",), 1, tense_section, optional=True),
     SectionSpec("where", ("where",), 1, where_section, optional=True),
@@ -83,14 +84,18 @@ SECTIONS: tuple[SectionSpec, ...] = (
     SectionSpec("depth", ("depth",), 1, depth_section, optional=True),
     SectionSpec("flips", ("texts",), 0.1, flips_section),
     SectionSpec("baselines", ("scores",), 1, baselines_section),
-    SectionSpec("guarantee", ("scores-calibrate",), 3, None, optional=True),
     SectionSpec("provenance", (), 0.1, provenance_section),
 )
-"""`guarantee` has no page of its own: its scores put the guaranteed point on the curve."""
+"""`guarantee` has no page of its own: its scores put the guaranteed point on the curve. Optional ones by rank."""
 
 
-def affordable(stages: Mapping[str, float], budget: float | None) -> dict[str, float]:
+def affordable(
+    stages: Mapping[str, float], budget: float | None, wanted: Collection[str] = ()
+) -> dict[str, float]:
     """Optional stages that do not fit into `budget` seconds, with their cost; in the order of the sections.
+
+    Args:
+        wanted: optional stages that somebody asked for, which are kept whatever they cost.
 
     >>> affordable({"scores": 60.0, "texts": 100.0, "texts-baseline": 300.0}, 240)
     {'texts-baseline': 300.0}
@@ -100,6 +105,7 @@ def affordable(stages: Mapping[str, float], budget: float | None) -> dict[str, f
     optional = {n for s in SECTIONS if s.optional for n in s.needs} - {
         n for s in SECTIONS if not s.optional for n in s.needs
     }
+    optional -= set(wanted)
     total = sum(s.seconds for s in SECTIONS) + sum(v for k, v in stages.items() if k not in optional)
     left_out = {}
     for spec in SECTIONS:

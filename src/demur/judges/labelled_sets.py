@@ -67,9 +67,9 @@ def held_out(id: str) -> bool:
     return hashlib.sha256(id.encode()).digest()[0] % 2 == 1
 
 
-def xstest_items(models: Sequence[str] = XSTEST_MODELS) -> Iterator[LabelledReply]:
-    """XSTest answers of three models, by request (safe, unsafe) and model."""
-    for model in models:
+def xstest_items(models: Sequence[str] | None = None) -> Iterator[LabelledReply]:
+    """XSTest answers by request (safe, unsafe) and model: of these models, or of all that are at hand."""
+    for model in models or _xstest_at_hand():
         for row in iter_jsonl(data.get("xstest", f"human_labels_{model}.jsonl")):
             kind = "unsafe" if row["request_is_unsafe"] else "safe"
             yield _item(
@@ -81,6 +81,13 @@ def xstest_items(models: Sequence[str] = XSTEST_MODELS) -> Iterator[LabelledRepl
                 model=model,
                 seen=not held_out(row["id"]),
             )
+
+
+def _xstest_at_hand() -> list[str]:
+    """The three models that are always there, and others (XSTest has five) whose labels lie beside theirs."""
+    folder = data.get("xstest", f"human_labels_{XSTEST_MODELS[0]}.jsonl").parent
+    found = sorted(f.stem.removeprefix("human_labels_") for f in folder.glob("human_labels_*.jsonl"))
+    return [*XSTEST_MODELS, *(m for m in found if m not in XSTEST_MODELS)]
 
 
 def blackbox_items() -> Iterator[LabelledReply]:
@@ -99,9 +106,12 @@ def blackbox_items() -> Iterator[LabelledReply]:
 
 def pyrit_items() -> Iterator[LabelledReply]:
     """PyRIT's refusal labels."""
-    for row in iter_jsonl(data.get("pyrit_refusal", "refusal.jsonl")):
+    first = data.get("pyrit_refusal", "refusal.jsonl")
+    more = first.with_name("refusal_extra.jsonl")  # upstream's second file, where somebody has it
+    rows = [*iter_jsonl(first), *(iter_jsonl(more) if more.is_file() else ())]
+    for i, row in enumerate(rows):
         declined = row["human_refusal"] == 1
-        yield _item(str(row["index"]), row["objective"] or "", row["response"], declined=declined)
+        yield _item(str(i), row["objective"] or "", row["response"], declined=declined)
 
 
 def jbb_items() -> Iterator[LabelledReply]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,6 +29,21 @@ FIRST_WORDS = tuple(dict.fromkeys(opening.split()[0] for opening in REFUSAL_OPEN
 _BUSY = frozenset({408, 409, 425, 429})
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+
+def unforgeable(value: Any, texts: Collection[str]) -> Any:
+    """A message's content, or a tool call as JSON, with the texts of control tokens broken up by a space.
+
+    >>> unforgeable({"name": "[respond]", "n": 1}, ["[respond]"])
+    {'name': '[ respond]', 'n': 1}
+    """
+    if isinstance(value, str):
+        for text in texts:
+            value = value.replace(text, f"{text[:1]} {text[1:]}")
+        return value
+    if isinstance(value, Mapping):
+        return {unforgeable(k, texts): unforgeable(v, texts) for k, v in value.items()}
+    return [unforgeable(v, texts) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class OpenAIRuntime(Runtime):
@@ -308,11 +323,11 @@ class OpenAIRuntime(Runtime):
             raise InputError(f"prompt {prompt.id!r} has images, which this runtime does not send")
         messages = []
         for m in prompt.with_system(condition.system).messages:
-            row: dict[str, Any] = {"role": m.role, "content": self._unforgeable(m.content)}
+            row: dict[str, Any] = {"role": m.role, "content": unforgeable(m.content, self._text.values())}
             if m.tool_calls:
-                row["tool_calls"] = [dict(c) for c in m.tool_calls]
+                row["tool_calls"] = [unforgeable(dict(c), self._text.values()) for c in m.tool_calls]
             if m.tool_call_id:
-                row["tool_call_id"] = m.tool_call_id
+                row["tool_call_id"] = unforgeable(m.tool_call_id, self._text.values())
             messages.append(row)
         payload = {
             "model": self.model,
@@ -325,11 +340,6 @@ class OpenAIRuntime(Runtime):
             **self._extra,
         }
         return {k: v for k, v in payload.items() if v is not None}
-
-    def _unforgeable(self, text: str) -> str:
-        for token in self._text.values():
-            text = text.replace(token, f"{token[:1]} {token[1:]}")
-        return text
 
     def _with_control(self, reply: Reply) -> Reply:
         body = reply.content.lstrip()

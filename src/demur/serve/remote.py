@@ -20,7 +20,7 @@ from typing import Any
 from demur.errors import InputError, UpstreamError
 from demur.runtime.base import ControlTokens
 from demur.runtime.chat import ChatFormat
-from demur.runtime.openai import decision_logprobs
+from demur.runtime.openai import decision_logprobs, unforgeable
 from demur.runtime.transport import public
 from demur.serve.base import Ask, Piece
 from demur.serve.engine import control_of, export_of, load_tokenizer, texts_of
@@ -321,14 +321,7 @@ class RemoteUpstream:
         return rows
 
     def _broken(self, value: Any) -> Any:
-        """The same with control tokens' texts broken up by a space."""
-        if isinstance(value, str):
-            for token in self.text.values():
-                value = value.replace(token, f"{token[:1]} {token[1:]}")
-            return value
-        if isinstance(value, Mapping):
-            return {k: self._broken(v) for k, v in value.items()}
-        return [self._broken(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return unforgeable(value, self.text.values())
 
 
 class _Opening:

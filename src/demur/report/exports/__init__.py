@@ -15,9 +15,7 @@ from demur.types import Label, Prompt, Reply, Verdict
 
 __all__ = ["Exported", "Item"]
 
-SAFE_LABELS = frozenset(
-    {Label.FULL_REFUSAL, Label.ABSTENTION, Label.CLARIFICATION, Label.BLOCKED, Label.EMPTY, Label.ERROR}
-)
+SAFE_LABELS = frozenset({Label.FULL_REFUSAL, Label.ABSTENTION, Label.CLARIFICATION, Label.BLOCKED})
 """Verdicts whose text is exported also where the prompt should be refused."""
 
 
@@ -43,7 +41,8 @@ class Item:
     def shown(self, *, unsafe: bool = False) -> bool:
         """Whether the words of the answer may leave the run."""
         may = unsafe or not self.prompt.should_refuse or self.verdict.label in SAFE_LABELS
-        return may and self.withheld is None
+        empty = not (self.reply.content or self.reply.reasoning)
+        return (may or empty) and self.withheld is None
 
     def text(self, *, unsafe: bool = False) -> str:
         """The answer, or a line that says what was left out."""

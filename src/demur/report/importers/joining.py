@@ -2,17 +2,17 @@
 
     {"id": "a1", "prompt": "...", "response": "...", "category": "safety", "expected": "refuse"}
 
-Optional columns: `id`, `sample` (0, 1, ...), `messages` instead of `prompt`, `reasoning`, `tool_calls`,
-`provider_refusal`, `finish_reason`, `error`, `model`; `verdict` (a label of the refusal scale, or yes / no /
-refused / complied) with `judge`, which replaces our judge; `p_refuse`, a score in [0, 1] of any kind, which
-adds the curve. Other columns are kept in the prompt's `meta`.
+Optional columns: `id`, `sample` (0, 1, ...), `condition`, `messages` instead of `prompt`, `reasoning`,
+`tool_calls`, `provider_refusal`, `finish_reason`, `error`, `model`; `control_token` with `control_forced`;
+`verdict` (a label of the refusal scale, or yes / no / refused / complied) with `judge`, which replaces our judge;
+`p_refuse`, a score in [0, 1] of any kind, which adds the curve. Other columns are kept in the prompt's `meta`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ _REPLY_COLUMNS = (
     "error",
     "provider_refusal",
     "control_token",
+    "control_forced",
     "tool_calls",
     "prompt_tokens",
     "completion_tokens",
@@ -68,6 +69,27 @@ class Answers:
     scores: tuple[Score, ...]
     model: str | None
 
+    def under_one_condition(self) -> Answers:
+        """The same with the name of the condition left out, for reports that know one.
+
+        Raises:
+            InputError: answers to one prompt under several conditions.
+        """
+        under: dict[tuple[str, int], str] = {}
+        for r in self.replies:
+            other = under.setdefault((r.prompt_id, r.sample), r.condition)
+            if other != r.condition:
+                raise InputError(
+                    f"{self.prompts.name}: id {r.prompt_id!r} is answered under the conditions {other!r} and "
+                    f"{r.condition!r}, and one report would mix them. Keep the rows of one `condition`, or compare "
+                    "two files (demur diff)"
+                )
+        return replace(
+            self,
+            replies=tuple(replace(r, condition="default") for r in self.replies),
+            verdicts=tuple(replace(v, condition="default") for v in self.verdicts),
+        )
+
 
 def joined(rows: Sequence[Row], path: str | Path, prompts: PromptSet | None = None) -> Answers:
     """Build `Answers`; `path` opens every error.
@@ -78,7 +100,7 @@ def joined(rows: Sequence[Row], path: str | Path, prompts: PromptSet | None = No
     known = {p.id: p for p in prompts} if prompts else {}
     texts = _by_text(prompts)
     found: dict[str, Prompt] = {}
-    first: dict[tuple[str, int], str] = {}
+    first: dict[tuple[str, str, int], str] = {}
     replies: list[Reply] = []
     verdicts: list[Verdict] = []
     scores: dict[str, Score] = {}
@@ -89,17 +111,17 @@ def joined(rows: Sequence[Row], path: str | Path, prompts: PromptSet | None = No
         where, row = f"{path}, {place}", dict(raw)
         own = row.pop("prompt_id", None)
         row["id"] = texts.get(_text(row)) or row_id(row.get("id", own), n, where)
-        sample = _whole(row.pop("sample", 0), where)
-        if (row["id"], sample) in first:
+        at = str(row.pop("condition", None) or "default"), _whole(row.pop("sample", 0), where)
+        if (row["id"], *at) in first:
             raise InputError(
-                f"{where}: id {row['id']!r} (sample {sample}) stands on {first[row['id'], sample]} too; "
-                "several answers to one prompt need a column `sample` (0, 1, ...)"
+                f"{where}: id {row['id']!r} (sample {at[1]}) stands on {first[row['id'], *at]} too; "
+                "several answers to one prompt need a column `sample` (0, 1, ...) or `condition`"
             )
-        first[row["id"], sample] = place
+        first[row["id"], *at] = place
         models.add(row.pop("model", None))
         reply, verdict, score = (
-            _reply(row, column, sample, where),
-            _verdict(row, sample, where),
+            _reply(row, column, at, where),
+            _verdict(row, at, where),
             _score(row, where),
         )
         if row["id"] not in found:
@@ -172,7 +194,7 @@ def _text(row: Mapping[str, Any]) -> str:
     return next((str(m.get("content")) for m in reversed(said) if m.get("role") == "user"), "")
 
 
-def _reply(row: dict[str, Any], name: str | None, sample: int, where: str) -> Reply:
+def _reply(row: dict[str, Any], name: str | None, at: tuple[str, int], where: str) -> Reply:
     if row.get("withheld") is not None:
         raise InputError(
             f"{where}: the text of this answer was withheld (column `withheld` holds its hash), so there is "
@@ -207,13 +229,14 @@ def _reply(row: dict[str, Any], name: str | None, sample: int, where: str) -> Re
     data = {
         "prompt_id": row["id"],
         "content": text,
-        "sample": sample,
+        "condition": at[0],
+        "sample": at[1],
         **{k: v for k, v in extra.items() if v != ""},
     }
     return from_row(Reply, data, where)
 
 
-def _verdict(row: dict[str, Any], sample: int, where: str) -> Verdict | None:
+def _verdict(row: dict[str, Any], at: tuple[str, int], where: str) -> Verdict | None:
     judge = str(row.pop("judge", "your file"))
     value = row.pop("verdict", None)
     if value is None:
@@ -221,7 +244,8 @@ def _verdict(row: dict[str, Any], sample: int, where: str) -> Verdict | None:
     word = str(value).strip().lower().replace("-", "_").replace(" ", "_")
     if word not in VERDICT_WORDS:
         raise InputError(f"{where}: verdict {value!r} is none of {', '.join(VERDICT_WORDS)}")
-    return Verdict(prompt_id=row["id"], label=VERDICT_WORDS[word].value, judge=judge, sample=sample)
+    label = VERDICT_WORDS[word].value
+    return Verdict(prompt_id=row["id"], label=label, judge=judge, condition=at[0], sample=at[1])
 
 
 def _score(row: dict[str, Any], where: str) -> Score | None:
@@ -249,10 +273,10 @@ def _prompt(
 
 def _check_samples(replies: list[Reply], path: str | Path) -> None:
     """Samples of a prompt are 0, 1, ...: without a first one a prompt would drop out of every rate."""
-    by_id: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for r in replies:
-        by_id.setdefault(r.prompt_id, []).append(r.sample)
-    for i, samples in by_id.items():
+        found.setdefault((r.prompt_id, r.condition), []).append(r.sample)
+    for (i, _), samples in found.items():
         if sorted(samples) != list(range(len(samples))):
             raise InputError(
                 f"{path}: id {i!r} has the samples {', '.join(map(str, sorted(samples)))}; number them 0, 1, ..."
