@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INPUTS := pyproject.toml constraints.txt $(shell find packages/demur-smollm2 -type f -not -path '*/build/*' -not -name '*.pyc')
 PIP    := $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt
 
-.PHONY: card test check fast bench bench-peers bench-vllm gemma replicate wheel-test test-lowest test-vllm schemas clean help
+.PHONY: card test check fast bench bench-peers bench-vllm gemma replicate wheel-test test-lowest test-vllm test-extras schemas clean help
 .DELETE_ON_ERROR:
 
 card: $(VENV)/.local  ## the Refusal Card of the embedded model, into out/
@@ -45,6 +45,12 @@ VLLM := .venv-vllm
 test-vllm: $(VLLM)/.done  ## processor, gateway, runtime and exports against a real vLLM (about 15 minutes of CPU)
 	DEMUR_VLLM_TESTS=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python -m pytest \
 	  -p no:cacheprovider -o filterwarnings=ignore tests/vllm $(ARGS)
+
+# Inspect and diffusers bring much that nothing else here needs, so they have an environment of their own too.
+EXTRAS := .venv-extras
+test-extras: $(EXTRAS)/.done  ## exports read back by Inspect, and a real diffusers pipeline
+	DEMUR_INSPECT_PYTHON=$(abspath $(EXTRAS)/bin/python) $(EXTRAS)/bin/python -m pytest -p no:cacheprovider \
+	  tests/flows/test_export.py tests/report/test_importers_formats.py tests/measure/test_overt.py $(ARGS)
 
 bench-vllm: $(VLLM)/.done  ## what the processor and the gateway cost in vLLM, into bench/results/vllm.json
 	$(VLLM)/bin/python bench/bench_vllm.py processor
@@ -95,6 +101,13 @@ $(VLLM)/.done: $(INPUTS) | $(BIN)/python
 	@for name in torchvision torchaudio torchcodec; do \
 	  $(VLLM)/bin/python -c "import $$name" 2>/dev/null || $(VLLM)/bin/python -m pip uninstall --quiet -y $$name; done
 	$(VLLM)/bin/python -c "from vllm import LLM"
+	@touch $@
+
+$(EXTRAS)/.done: $(INPUTS) | $(BIN)/python
+	@echo "Installing demur with Inspect and diffusers into $(EXTRAS) (once, a few minutes) ..."
+	@$(BIN)/python -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt ./packages/demur-smollm2 \
+	  -e '.[local,inspect,images,dev]'
 	@touch $@
 
 $(BIN)/python:

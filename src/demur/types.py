@@ -258,7 +258,8 @@ class Score:
     With control tokens, `probabilities` holds one entry per refuse category plus `respond`, each the exact
     softmax over the whole (extended) vocabulary at temperature T; `p_refuse` is the sum over refuse categories
     and `off_control_mass` is 1 - sum of all control probabilities. Without control tokens, `p_refuse` is the
-    mass of a list of refusal openings and `kind` is "first_token".
+    mass of a list of refusal openings and `kind` is "first_token". `demur score` says of each row what it came
+    from: `model`, its `fingerprint` and `dtype`, which calibration hands on to the operating point.
     """
 
     id: str
@@ -269,6 +270,9 @@ class Score:
     T: float = 1.0
     kind: Literal["control", "first_token"] = "control"
     condition: str = "default"
+    model: str | None = None
+    fingerprint: str | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

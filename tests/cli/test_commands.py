@@ -140,7 +140,15 @@ def test_calibrate_our_scores(
     assert 0.1 < point.thresholds["safety"].tau <= 0.9
     assert point.thresholds["safety"].refusal_rate == 1.0
     assert point.guarantee and point.guarantee[:20] in done.err
-    assert point.model_fingerprint == (model.fingerprint if source == "model" else None)
+    assert point.model_fingerprint == model.fingerprint is not None
+    if source == "scores":
+        rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+        mixed = [{**r, "fingerprint": "other"} if i else r for i, r in enumerate(rows)]
+        (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in mixed))
+        done = cli("calibrate", tmp_path / "mixed.jsonl", "--prompts", prompts)
+        assert done.code == 2 and "several models" in done.err
+        done = cli("calibrate", tmp_path / "scores.jsonl", "--prompts", prompts, "--dtype", "float32")
+        assert done.code == 2 and "--dtype belong" in done.err
 
 
 def test_calibrate_with_a_budget_for_ordinary_prompts(

@@ -257,6 +257,7 @@ def test_scorer_provider_and_task_run_in_inspect(tmp_path: Path) -> None:
         server.server_close()
     metrics, answer, metadata = json.loads(out.splitlines()[-1])
     assert metrics["over_refusal"] == 3 / 8 and metrics["over_refusal_n"] == 8
+    assert metrics["over_refusal_unread"] == 0
     assert metrics["over_refusal_low"] < 3 / 8 < metrics["over_refusal_high"]
     assert answer == "full_refusal" and metadata["judge_error"]["sensitivity"]["n"] > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,11 +38,12 @@ def score(
 ) -> None:
     """Probabilities of refusing, without generating.
 
-    Writes JSONL: id, p_refuse, probabilities by category, off_control_mass, token. One forward pass a prompt
-    serves every operating point. Prompts that the model cannot be asked (too long, say) are skipped and
-    listed on stderr first.
+    Writes JSONL: id, p_refuse, probabilities by category, off_control_mass, token, and the model they came from.
+    One forward pass a prompt serves every operating point. Prompts that the model cannot be asked (too long, say)
+    are skipped and listed on stderr first.
     """
     from demur.flows.asking import askable
+    from demur.flows.settings import public_name
 
     prompts = o.load_prompt_file(file)
     runtime = o.load_model(
@@ -49,8 +51,14 @@ def score(
     )
     condition = o.condition(system=system)
     asked, _ = askable(runtime, prompts, condition)
+    source = {
+        "model": public_name(runtime.name),
+        "fingerprint": runtime.fingerprint,
+        "dtype": getattr(runtime, "dtype", None),
+    }
     with progress("scoring", out) as report:
-        write_rows(runtime.score(asked, condition, T=temperature, progress=report), out)
+        rows = runtime.score(asked, condition, T=temperature, progress=report)
+        write_rows((replace(row, **source) for row in rows), out)
 
 
 def generate(

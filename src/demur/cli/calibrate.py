@@ -76,6 +76,10 @@ def calibrate(
     rate: Annotated[
         float | None, typer.Option(min=0, max=1, help="The refusal rate for --goal target-rate.")
     ] = None,
+    adapter: o.Adapter = None,
+    control_tokens: o.ControlTokens = None,
+    dtype: o.Dtype = None,
+    system: o.System = None,
     answers: Annotated[
         Answers,
         typer.Option(help="Who answers what is accepted: the model, or its base without the adapter."),
@@ -111,6 +115,17 @@ def calibrate(
         raise InputError(
             "--prompts belongs to scores of demur score; here FILE itself says what is expected, so leave it out"
         )
+    own: dict[str, Any] = {
+        "adapter": adapter,
+        "control_tokens": control_tokens,
+        "dtype": dtype,
+        "system": system,
+    }
+    if model is None and (given := [f"--{k.replace('_', '-')}" for k, v in own.items() if v is not None]):
+        raise InputError(
+            f"{', '.join(given)} belong to a model that scores FILE first (-m); scores that exist already were "
+            "made with settings of their own"
+        )
     from demur.calibrate import CalibrationWarning, describe
 
     choice: dict[str, Any] = {"alpha": alpha, "delta": delta, "goal": goal.value, "rate": rate}
@@ -119,7 +134,7 @@ def calibrate(
         if score is not None:
             point = _from_table(file, score, label, group, choice)
         elif model is not None:
-            point = _from_model(file, model, choice, ordinary_alpha)
+            point = _from_model(file, model, own, choice, ordinary_alpha)
         else:
             point = fit(load(Score, file), o.load_prompt_file(prompts), choice, ordinary_alpha)
     for w in raised:
@@ -139,15 +154,15 @@ def _from_table(
 
 
 def _from_model(
-    file: str, model: str, choice: dict[str, Any], ordinary_alpha: float | None
+    file: str, model: str, own: dict[str, Any], choice: dict[str, Any], ordinary_alpha: float | None
 ) -> OperatingPoint:
     from demur.flows.asking import askable
 
-    prompts = o.load_prompt_file(file)
-    runtime = o.load_model(model)
-    prompts, _ = askable(runtime, prompts)
+    prompts, condition = o.load_prompt_file(file), o.condition(system=own.pop("system"))
+    runtime = o.load_model(model, **own)
+    prompts, _ = askable(runtime, prompts, condition)
     with progress("scoring", "") as report:
-        scores = list(runtime.score(prompts, progress=report))
+        scores = list(runtime.score(prompts, condition, progress=report))
     return replace(
         fit(scores, prompts, choice, ordinary_alpha),
         model=runtime.name,
@@ -166,7 +181,7 @@ def fit(
         ordinary_alpha: budget for ordinary prompts, see `demur.calibrate.LearnThenTest`.
 
     Raises:
-        InputError: an id without prompt or expectation, or scores that differ in categories or T.
+        InputError: an id without prompt or expectation, or scores that differ in categories, T or source.
     """
     from demur.calibrate import BestF1, Calibrator, LearnThenTest, TargetRate, calibrate_table
 
@@ -191,6 +206,11 @@ def fit(
     if len({(tuple(s.probabilities), s.T) for s in scores}) > 1:
         raise InputError(
             "the scores differ in their categories or in T; calibrate the scores of one model at one T"
+        )
+    if len({(s.condition, s.model, s.fingerprint, s.dtype) for s in scores}) > 1:
+        raise InputError(
+            "the scores come from several models or conditions (columns model, fingerprint, dtype, condition); "
+            "thresholds hold for one of each"
         )
     first = scores[0]
     rows = [known[s.id] for s in scores]
@@ -218,7 +238,7 @@ def fit(
         calibrator = LearnThenTest(choice["alpha"], choice["delta"], ordinary_alpha=ordinary_alpha)
     elif choice["goal"] == "target-rate":
         calibrator = TargetRate(choice["rate"])
-    return calibrator.fit(
+    point = calibrator.fit(
         [[s.probabilities[c] for c in names] for s in scores],
         expected,
         [p.category for p in rows],
@@ -227,3 +247,4 @@ def fit(
         calibrated_on=prompts.name,
         T=first.T,
     )
+    return replace(point, model=first.model, model_fingerprint=first.fingerprint, dtype=first.dtype)
