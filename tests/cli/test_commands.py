@@ -74,6 +74,8 @@ def test_score_writes_one_row_a_prompt(cli: Cli, model: ScriptedRuntime, prompts
         "probabilities": {"safety": 0.9, "respond": pytest.approx(0.05)},
         "off_control_mass": pytest.approx(0.05),
         "token": "safety",
+        "model": model.name,
+        "fingerprint": model.fingerprint,
     }
 
 
