@@ -50,7 +50,7 @@ test-vllm: $(VLLM)/.done  ## processor, gateway, runtime and exports against a r
 EXTRAS := .venv-extras
 test-extras: $(EXTRAS)/.done  ## exports read back by Inspect, and a real diffusers pipeline
 	DEMUR_INSPECT_PYTHON=$(abspath $(EXTRAS)/bin/python) $(EXTRAS)/bin/python -m pytest -p no:cacheprovider \
-	  tests/flows/test_export.py tests/report/test_importers_formats.py tests/measure/test_overt.py $(ARGS)
+	  -o filterwarnings=ignore tests/flows/test_export.py tests/report/test_importers_formats.py tests/measure/test_overt.py $(ARGS)
 
 bench-vllm: $(VLLM)/.done  ## what the processor and the gateway cost in vLLM, into bench/results/vllm.json
 	$(VLLM)/bin/python bench/bench_vllm.py processor
@@ -106,8 +106,9 @@ $(VLLM)/.done: $(INPUTS) | $(BIN)/python
 $(EXTRAS)/.done: $(INPUTS) | $(BIN)/python
 	@echo "Installing demur with Inspect and diffusers into $(EXTRAS) (once, a few minutes) ..."
 	@$(BIN)/python -m venv $(EXTRAS)
-	$(EXTRAS)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt ./packages/demur-smollm2 \
-	  -e '.[local,inspect,images,dev]'
+	grep -E '^(torch|transformers|diffusers|inspect_ai)==' constraints.txt > $(EXTRAS)/constraints.txt
+	$(EXTRAS)/bin/python -m pip install --quiet --progress-bar off -c $(EXTRAS)/constraints.txt \
+	  ./packages/demur-smollm2 -e '.[local,inspect,images]' pytest hypothesis jsonschema psutil
 	@touch $@
 
 $(BIN)/python:

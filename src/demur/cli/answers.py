@@ -51,14 +51,11 @@ def score(
     )
     condition = o.condition(system=system)
     asked, _ = askable(runtime, prompts, condition)
-    source = {
-        "model": public_name(runtime.name),
-        "fingerprint": runtime.fingerprint,
-        "dtype": getattr(runtime, "dtype", None),
-    }
+    name, dtype = public_name(runtime.name), getattr(runtime, "dtype", None)
     with progress("scoring", out) as report:
         rows = runtime.score(asked, condition, T=temperature, progress=report)
-        write_rows((replace(row, **source) for row in rows), out)
+        told = (replace(r, model=name, fingerprint=runtime.fingerprint, dtype=dtype) for r in rows)
+        write_rows(told, out)
 
 
 def generate(
