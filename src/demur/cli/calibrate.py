@@ -158,8 +158,8 @@ def _from_model(
 ) -> OperatingPoint:
     from demur.flows.asking import askable
 
-    prompts, condition = o.load_prompt_file(file), o.condition(system=own.pop("system"))
-    runtime = o.load_model(model, **own)
+    prompts, condition = o.load_prompt_file(file), o.condition(system=own["system"])
+    runtime = o.load_model(model, **{k: v for k, v in own.items() if k != "system"})
     prompts, _ = askable(runtime, prompts, condition)
     with progress("scoring", "") as report:
         scores = list(runtime.score(prompts, condition, progress=report))

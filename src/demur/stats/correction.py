@@ -113,9 +113,7 @@ def corrected_change(
     raw = change + z * np.where(z < 0, change - interval[0], interval[1] - change)
     informed = _posterior(sensitivity, draws, rng) + _posterior(specificity, draws, rng) - 1
     value = float(np.clip(change / (se + sp - 1), -1, 1))
-    if (informed <= 0.01).mean() > (
-        1 - level
-    ) / 2:  # the judge may be no better than chance: nothing is known
+    if (informed <= 0.01).mean() > (1 - level) / 2:  # as in rogan_gladen: nothing is known
         return value, (-1.0, 1.0)
     return value, _middle(np.clip(raw / np.maximum(informed, 0.01), -1, 1), level, value)
 
