@@ -57,6 +57,7 @@ def card(
         ),
     ] = None,
     prompts: Prompts = None,
+    taxonomy: o.Taxonomy = None,
     calibrate: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts to fit the guaranteed thresholds on.")
     ] = None,
@@ -96,7 +97,11 @@ def card(
     from demur.flows import card as flow
 
     point = load_operating_point(operating_point) if operating_point else None
-    asked = o.load_prompt_file(prompts) if prompts else None
+    if taxonomy and not (prompts or calibrate):
+        raise InputError(
+            f"--taxonomy {taxonomy} maps the categories of --prompts and --calibrate, and neither is given"
+        )
+    asked = o.load_prompt_file(prompts, taxonomy) if prompts else None
     condition = o.condition(
         system=system, temperature=temperature, samples=samples, seed=seed, max_new_tokens=max_new_tokens
     )
@@ -122,7 +127,7 @@ def card(
             condition=replace(condition, operating_point=point.id if point else None),
             operating_point=point,
             allow_refusal_lowering=allow_refusal_lowering,
-            calibrate=o.load_prompt_file(calibrate) if calibrate else None,
+            calibrate=o.load_prompt_file(calibrate, taxonomy) if calibrate else None,
             baseline=_bare(model, runtime, adapter, load) if baseline else None,
             samples=samples,
             full=full,

@@ -54,6 +54,10 @@ ControlTokens = Annotated[
     typer.Option(metavar="PRESET|FILE", help="Which token ids are control tokens, for foreign checkpoints."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto; default as the model asks.")]
+Taxonomy = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Maps your own categories to the model's (taxonomy.yaml)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -98,8 +102,15 @@ def named_set(file: str) -> bool:
     return file.startswith("core:") or file.replace("-", "_") in PUBLIC
 
 
-def load_prompt_file(file: str) -> PromptSet:
-    """Prompts of a JSONL or CSV file, of standard input (`-`), or of a named set."""
+def load_prompt_file(file: str, taxonomy: Path | None = None) -> PromptSet:
+    """Prompts of a JSONL or CSV file, of standard input (`-`), or of a named set.
+
+    A taxonomy maps the categories of a file; those of a named set are the model's already.
+    """
+    if taxonomy is not None and not named_set(file):
+        from demur.prompts import Taxonomy as House
+
+        return House.load(taxonomy).apply(load_prompt_file(file))
     if not named_set(file):
         return load_prompts(file)
     from demur import prompts
