@@ -249,7 +249,7 @@ def added() -> tuple[Agreement, ...]:
 
 
 def others_added(judge_id: str) -> str:
-    """Whose rows were added beside this judge's, for a sentence on what is missing: " (the rows given are of ...)"."""
+    """Whose rows were added beside this judge's, to go with what is missing: " (the rows given are of ...)"."""
     names = ", ".join(sorted({r.judge for r in added()} - {judge_id}))
     return f" (the rows given are of {names})" if names else ""
 
