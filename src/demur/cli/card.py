@@ -64,6 +64,8 @@ def card(
     operating_point: o.Point = None,
     allow_refusal_lowering: o.AllowLowering = False,
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     system: o.System = None,
     samples: o.Samples = 1,
     temperature: o.Temperature = 0.0,
@@ -96,6 +98,10 @@ def card(
     """
     from demur.flows import card as flow
 
+    if replies is not None and (given := [name for name in ASKING if _is_given(ctx, name)]):
+        names = ", ".join("MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given)
+        raise InputError(f"--replies reports on answers that exist and asks no model: leave {names} out")
+    o.add_agreement(ctx, agreement)
     point = load_operating_point(operating_point) if operating_point else None
     if taxonomy and not (prompts or calibrate):
         raise InputError(
@@ -106,16 +112,13 @@ def card(
         system=system, temperature=temperature, samples=samples, seed=seed, max_new_tokens=max_new_tokens
     )
     common: dict[str, Any] = {
-        "judge": judge,
+        "judge": o.load_judge(judge, judge_model),
         "seed": seed,
         "keep_unsafe_text": keep_unsafe_text,
         "share": share,
         "fresh": fresh,
     }
     if replies is not None:
-        if given := [name for name in ASKING if _is_given(ctx, name)]:
-            names = ", ".join("MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given)
-            raise InputError(f"--replies reports on answers that exist and asks no model: leave {names} out")
         made = flow.card_from_replies(replies, out, prompts=asked, **common)
     else:
         load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens}

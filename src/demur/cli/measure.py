@@ -23,7 +23,6 @@ from demur.types import Condition, PromptSet
 
 if TYPE_CHECKING:
     from demur.flows.measure import Measured
-    from demur.judges import Judge
 
 ASKING = (
     *("model", "suite", "system", "samples", "temperature", "limit", "shard", "operating_point", "adapter"),
@@ -60,9 +59,8 @@ def measure(
     model: o.Model = None,
     suite: Suites = None,
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model that rubric/ and template/ judges ask.")
-    ] = None,
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     system: Systems = None,
     samples: o.Samples = 1,
     temperature: o.Temperature = 0.0,
@@ -133,6 +131,7 @@ def measure(
     from demur.flows import measure as flow
 
     _check_modes(ctx, merge=merge, replies=replies, to_batch=to_batch, from_batch=from_batch, dry_run=dry_run)
+    o.add_agreement(ctx, agreement)
     common: dict[str, Any] = {"keep_unsafe_text": keep_unsafe_text, "fresh": fresh}
     if merge:
         made = flow.merge(folders or [], out, fresh=fresh)
@@ -140,7 +139,7 @@ def measure(
         from demur.report import load_answers
 
         answers = load_answers(replies, _prompts_of(prompts) if prompts else None)
-        made = flow.measure_answers(answers, out, judge=_judge(judge, judge_model), **common)
+        made = flow.measure_answers(answers, out, judge=o.load_judge(judge, judge_model), **common)
     else:
         asked = _asked(suite, limit, seed)
         conditions = _conditions(
@@ -161,7 +160,7 @@ def measure(
             )
             return
         load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens, "adapter": adapter}
-        reader = _judge(judge, judge_model)
+        reader = o.load_judge(judge, judge_model)
         runtime = (
             batchfiles.BatchOutput(from_batch, name=_model_name(model) if model else None)
             if from_batch
@@ -234,14 +233,6 @@ def _conditions(systems: Sequence[str], **settings: Any) -> list[Condition]:
         one = o.condition(system=None if word == "none" else Path(word), **settings)
         made.append(replace(one, name=re.sub(r"[^\w-]+", "-", Path(word).stem)))
     return made
-
-
-def _judge(judge: str, judge_model: str | None) -> Judge:
-    from demur import judges
-
-    if judge_model and not judges.asks(judge):
-        raise InputError(f"--judge-model {judge_model}: {judge} asks no model; leave the option out")
-    return judges.get(judge, runtime=o.load_model(judge_model) if judge_model else None)
 
 
 def _model_name(model: str | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from demur.errors import InputError
 from demur.files import load_prompts, read_text
 from demur.runtime.base import Runtime
 from demur.types import Condition, OperatingPoint, PromptSet
+
+if TYPE_CHECKING:
+    from demur.judges import Judge
 
 ModelArg = Annotated[
     str | None,
@@ -58,6 +62,16 @@ Taxonomy = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Maps your own categories to the model's (taxonomy.yaml)."),
 ]
+JudgeModel = Annotated[
+    str | None,
+    typer.Option("--judge-model", metavar="MODEL", help="The model that rubric/ and template/ judges ask."),
+]
+Agreement = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE", help="A judge's measured error (demur judge --validate --out FILE); repeatable."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -75,6 +89,40 @@ def load_model(
     return load_runtime(
         model, base_only=base_only, say=warn, dtype=dtype, adapter=adapter, control_tokens=control_tokens
     )
+
+
+def load_judge(judge: str, judge_model: str | None) -> Judge:
+    """The judge that --judge and --judge-model name.
+
+    Raises:
+        InputError: an unknown id, a model for a judge that asks none, or none for one that does.
+    """
+    from demur import judges
+
+    if judge_model and not judges.asks(judge):
+        raise InputError(
+            f"--judge-model {judge_model}: {judge} asks no model; leave the option out, or name a judge that does "
+            "(--judge rubric/...)"
+        )
+    return judges.get(judge, runtime=load_model(judge_model) if judge_model else None)
+
+
+def load_reader(judge: str | None, judge_model: str | None) -> Judge | None:
+    """`load_judge` where stored verdicts do without a judge: None when neither option is given."""
+    from demur.flows.measure import DEFAULT_JUDGE
+
+    return load_judge(judge or DEFAULT_JUDGE, judge_model) if judge or judge_model else None
+
+
+def add_agreement(ctx: typer.Context, files: Sequence[Path] | None) -> None:
+    """Until the command ends, its rates know the judges' errors in these files (--agreement).
+
+    Raises:
+        InputError: a file that holds no measured agreement.
+    """
+    from demur.judges import agreement
+
+    ctx.with_resource(agreement.adding([row for file in files or () for row in agreement.read(file)]))
 
 
 def steered(

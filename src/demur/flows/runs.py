@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from demur.errors import InputError
 from demur.files import dumps_row, from_row, iter_jsonl, prompt_row, to_row, write_atomic
+from demur.judges import agreement
 from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
 
 WINDOW = 64
@@ -34,6 +35,9 @@ HARMLESS_TO_KEEP = frozenset({Label.FULL_REFUSAL, Label.ABSTENTION, Label.CLARIF
 """Verdicts whose text is kept even on a prompt that should be refused. All others may hold an answer: a judge that
 failed has said nothing of the text, an answer that broke off may have begun, and thinking is text too.
 """
+
+JUDGE_ERROR = "judge-error.json"
+"""Rows of the judge's measured error that did not come with demur."""
 
 _STREAM = re.compile(
     r"((prompts|scores)(-tense|-calibrate)?|(replies|verdicts)(-.+)?|where|changed|depth)\.jsonl", re.DOTALL
@@ -134,6 +138,8 @@ class RunFolder:
     def start(self, config: Mapping[str, Any], *, fresh: bool = False) -> None:
         """Begin or resume. `fresh` throws away what an earlier run left here, and no other files.
 
+        Rows of `judges.agreement.adding` on the run's judge are kept beside the settings, for later reports.
+
         Raises:
             InputError: the folder belongs to a run with other settings (the message lists what differs), or to
                 no run and holds a file that a run would write over.
@@ -147,7 +153,7 @@ class RunFolder:
                 "write over that file. Pass another folder"
             )
         if fresh and begun:
-            for name in ("operating_point.yaml", "notes.json", "run.json"):
+            for name in ("operating_point.yaml", "notes.json", JUDGE_ERROR, "run.json"):
                 streams.append(self.path / name)
             for old in streams:
                 old.unlink(missing_ok=True)
@@ -159,8 +165,10 @@ class RunFolder:
                     f"{self.path}: holds a run made with other settings, and mixing the two would give "
                     f"wrong numbers. What differs:{shown}\nPass another folder, or start over here (--fresh)."
                 )
-            return
-        write_atomic(self.path / "run.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+        else:
+            write_atomic(self.path / "run.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+        if rows := [r for r in agreement.added() if r.judge == new.get("judge")]:
+            agreement.write(rows, self.path / JUDGE_ERROR)
 
     # --- writing ---
 
@@ -238,6 +246,12 @@ class RunFolder:
         path = self.path / "notes.json"
         notes: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return notes
+
+    @property
+    def agreement(self) -> list[agreement.Agreement]:
+        """The measured error of the judge, as far as it was given with the run."""
+        path = self.path / JUDGE_ERROR
+        return agreement.read(path) if path.exists() else []
 
     def rows(self, name: str) -> list[Row]:
         """All whole rows of a stream; none when it was never written."""

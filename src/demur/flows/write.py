@@ -12,6 +12,7 @@ from demur.files import dump_operating_point, from_row, to_row, write_atomic
 from demur.flows.carddata import CardData
 from demur.flows.runs import RunFolder
 from demur.flows.sections import view
+from demur.judges import agreement
 from demur.measure.refusal import count
 from demur.report.html import to_html
 from demur.report.render import plain, to_json
@@ -43,7 +44,8 @@ def write_card(run: RunFolder, *, share: bool = False) -> CardResult:
     data = CardData.read(run)
     if share:
         data = replace(data, config=_without_system(data.config))
-    made = view(data, share=share)
+    with agreement.adding(run.agreement):
+        made = view(data, share=share)
     result = Report(
         title=f"Refusal Card: {made.model}",
         tables=(
