@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,6 +55,15 @@ ControlTokens = Annotated[
     typer.Option(metavar="PRESET|FILE", help="Which token ids are control tokens, for foreign checkpoints."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto; default as the model asks.")]
+Request = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--request",
+        metavar="KEY=VALUE",
+        help="How an endpoint is asked: timeout (seconds), concurrency, retries, top_logprobs, or a field of every "
+        "request, e.g. top_k=40 (null takes it out); repeatable.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -64,13 +74,46 @@ def load_model(
     adapter: Path | None = None,
     base_only: bool = False,
     control_tokens: str | None = None,
+    request: list[str] | None = None,
 ) -> Runtime:
     """The Runtime that MODEL and its options name."""
     from demur.flows.load import load_runtime
 
     return load_runtime(
-        model, base_only=base_only, say=warn, dtype=dtype, adapter=adapter, control_tokens=control_tokens
+        model,
+        base_only=base_only,
+        say=warn,
+        dtype=dtype,
+        adapter=adapter,
+        control_tokens=control_tokens,
+        request=request_fields(request or ()),
     )
+
+
+def request_fields(given: Iterable[str]) -> dict[str, Any]:
+    """What the --request options say, their values read as YAML.
+
+    >>> request_fields(["timeout=300", "stop=[END]", "chat_template_kwargs={enable_thinking: false}"])
+    {'timeout': 300, 'stop': ['END'], 'chat_template_kwargs': {'enable_thinking': False}}
+
+    Raises:
+        InputError: no KEY=VALUE, a key twice, or a value that is no YAML.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value) or key in found:
+            why = "is given twice" if key in found else "is no KEY=VALUE"
+            raise InputError(f"--request {text}: {why}; e.g. --request timeout=300 --request top_k=40")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise InputError(
+                f"--request {text}: the value is no YAML ({e}); quote it for the shell"
+            ) from None
+    return found
 
 
 def steered(
