@@ -29,6 +29,7 @@ ASKING = (
         "base_only",
         "control_tokens",
         "dtype",
+        "request",
     ),
 )
 """What only a model that is asked has use for."""
@@ -83,6 +84,7 @@ def card(
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
+    request: o.Request = None,
     keep_unsafe_text: Annotated[
         bool, typer.Option("--keep-unsafe-text", help="Keep answers that should not exist in the run folder.")
     ] = False,
@@ -121,7 +123,7 @@ def card(
     if replies is not None:
         made = flow.card_from_replies(replies, out, prompts=asked, **common)
     else:
-        load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens}
+        load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens, "request": request}
         runtime = o.load_model(model, adapter=adapter, base_only=base_only, **load)
         made = flow.card(
             runtime,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,6 +72,15 @@ Agreement = Annotated[
         metavar="FILE", help="A judge's measured error (demur judge --validate --out FILE); repeatable."
     ),
 ]
+Request = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--request",
+        metavar="KEY=VALUE",
+        help="How an endpoint is asked: timeout (seconds), concurrency, retries, top_logprobs, or a field of every "
+        "request, e.g. top_k=40 (null takes it out); repeatable.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -82,12 +91,19 @@ def load_model(
     adapter: Path | None = None,
     base_only: bool = False,
     control_tokens: str | None = None,
+    request: list[str] | None = None,
 ) -> Runtime:
     """The Runtime that MODEL and its options name."""
     from demur.flows.load import load_runtime
 
     return load_runtime(
-        model, base_only=base_only, say=warn, dtype=dtype, adapter=adapter, control_tokens=control_tokens
+        model,
+        base_only=base_only,
+        say=warn,
+        dtype=dtype,
+        adapter=adapter,
+        control_tokens=control_tokens,
+        request=request_fields(request or ()),
     )
 
 
@@ -123,6 +139,32 @@ def add_agreement(ctx: typer.Context, files: Sequence[Path] | None) -> None:
     from demur.judges import agreement
 
     ctx.with_resource(agreement.adding([row for file in files or () for row in agreement.read(file)]))
+
+
+def request_fields(given: Iterable[str]) -> dict[str, Any]:
+    """What the --request options say, their values read as YAML.
+
+    >>> request_fields(["timeout=300", "stop=[END]", "chat_template_kwargs={enable_thinking: false}"])
+    {'timeout': 300, 'stop': ['END'], 'chat_template_kwargs': {'enable_thinking': False}}
+
+    Raises:
+        InputError: no KEY=VALUE, a key twice, or a value that is no YAML.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value) or key in found:
+            why = "is given twice" if key in found else "is no KEY=VALUE"
+            raise InputError(f"--request {text}: {why}; e.g. --request timeout=300 --request top_k=40")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise InputError(
+                f"--request {text}: the value is no YAML ({e}); quote it for the shell"
+            ) from None
+    return found
 
 
 def steered(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
-from demur.errors import CapabilityError, MissingExtra
+from demur.errors import CapabilityError, MissingExtra, Unscored
 from demur.files import dumps_row, to_row, write_atomic
-from demur.flows.runs import RunFolder, stored_row
+from demur.flows.runs import WINDOW, RunFolder, stored_row
 from demur.flows.settings import public_name
 from demur.judges.base import Judge, judge_all
 from demur.runtime.base import Decide, Progress, Runtime
@@ -62,7 +62,8 @@ def collect(
     """Run all stages, resuming where an earlier process stopped.
 
     Scores that a model cannot give (a thinking model, an endpoint without log-probabilities) leave a note in
-    the run instead of failing the card; answers that fail are rows with an error.
+    the run instead of failing the card; a prompt that was blocked or failed is recorded as unscored, and failed
+    ones are asked again by the next call. Answers that fail are rows with an error.
     """
     with meter(stages, progress) as start:
         for stage in stages:
@@ -78,12 +79,25 @@ def collect(
 
 
 def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
+    stream = stage.streams[0]
+    lost = {i: why for i, why in run.unscored.get(stream, {}).items() if "blocked" in why}
+    run.keep_unscored(stream, lost)
     try:
-        for done, window in _open(run, stage, size=8):
+        # what a window blocks is recorded at its end; its scores, where they are paid for, one by one
+        for done, window in _open(run, stage, size=4 * WINDOW, without=lost):
             tick(done)
             progress = _shift(tick, done, 1)
             rows = stage.runtime.score(window, stage.condition, T=stage.T, progress=progress)
-            run.commit({stage.streams[0]: [to_row(s) for s in rows]})
+            if stage.runtime.deterministic:
+                run.commit({stream: [to_row(s) for s in rows]})
+                continue
+            try:
+                for row in rows:
+                    run.commit({stream: [to_row(row)]})
+            except Unscored as e:
+                lost |= {i: {"blocked": why} for i, why in e.blocked.items()}
+                lost |= {i: {"failed": why} for i, why in e.failed.items()}
+                run.keep_unscored(stream, lost)
         run.note(stage.name, None)
     except CapabilityError as e:
         run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))
@@ -160,12 +174,19 @@ def judged(
     return rows
 
 
-def _open(run: RunFolder, stage: Stage, size: int | None = None) -> Iterator[tuple[int, Sequence[Prompt]]]:
-    """What is left of a stage, with the number done before: windows, or for remote runtimes all of it."""
+def _open(
+    run: RunFolder, stage: Stage, size: int | None = None, without: Collection[str] = ()
+) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    """What is left of a stage, with the number done before: windows, or for remote runtimes all of it.
+
+    Args:
+        size: of the parts for remote runtimes. without: ids of prompts that are not asked again there.
+    """
     if stage.runtime.deterministic:
         parts: list[Sequence[Prompt]] = run.open_windows(stage.streams, stage.prompts, samples=stage.samples)
     else:
         left = run.open_prompts(stage.streams, stage.prompts, samples=stage.samples)
+        left = [p for p in left if p.id not in without]
         size = size or max(len(left), 1)
         parts = [left[i : i + size] for i in range(0, len(left), size)]
     done = len(stage.prompts) - sum(len(part) for part in parts)

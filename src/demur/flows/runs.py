@@ -153,7 +153,7 @@ class RunFolder:
                 "write over that file. Pass another folder"
             )
         if fresh and begun:
-            for name in ("operating_point.yaml", "notes.json", JUDGE_ERROR, "run.json"):
+            for name in ("operating_point.yaml", "notes.json", "unscored.json", JUDGE_ERROR, "run.json"):
                 streams.append(self.path / name)
             for old in streams:
                 old.unlink(missing_ok=True)
@@ -238,7 +238,20 @@ class RunFolder:
         notes = {k: v for k, v in {**self.notes, stage: reason}.items() if v is not None}
         write_atomic(self.path / "notes.json", json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
 
+    def keep_unscored(self, stream: str, lost: Mapping[str, Mapping[str, str]]) -> None:
+        """Record which prompts of a stream of scores have none, in place of what was recorded of it before."""
+        found = {k: v for k, v in {**self.unscored, stream: lost}.items() if v}
+        if found != self.unscored:
+            write_atomic(self.path / "unscored.json", json.dumps(found, indent=2) + "\n")
+
     # --- reading ---
+
+    @property
+    def unscored(self) -> dict[str, dict[str, dict[str, str]]]:
+        """{stream: {prompt id: {"blocked" or "failed": reason}}} as recorded by `keep_unscored`."""
+        path = self.path / "unscored.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
 
     @property
     def notes(self) -> dict[str, str]:

@@ -324,10 +324,10 @@ def _shorten(text: str) -> str:
 def headline_rates(data: CardData) -> tuple[dict[str, dict[str, Rate]], str, str]:
     """The first table: rates by row, what they were read from ("token" or "text"), and a note on it."""
     if data.has_control:
-        flags = [refused(c) for c in data.choices(data.point)]
+        flags, gap = [refused(c) for c in data.choices(data.point)], data.no_score()
         note = (
-            f"Decided at the first position for all {len(data.scored)} prompts; the last row reads the text "
-            "of a sample. Ranges are 95% intervals."
+            f"Decided at the first position for {'' if gap else 'all '}{len(data.scored)} prompts; the last row "
+            f"reads the text of a sample. Ranges are 95% intervals.{f' {gap}' if gap else ''}"
         )
         return by_category(data.scored, flags), "token", note
     records = [r for r in data.records if r.prompt.should_refuse is not None]

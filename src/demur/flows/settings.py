@@ -32,7 +32,7 @@ def set_config(prompts: PromptSet) -> dict[str, Any]:
 
 
 def model_config(runtime: Runtime) -> dict[str, Any]:
-    """A runtime by name, bytes and control tokens."""
+    """A runtime by name, bytes, control tokens, and the fields that its requests carry."""
     control = runtime.control
     return {
         "name": public_name(runtime.name),
@@ -42,6 +42,7 @@ def model_config(runtime: Runtime) -> dict[str, Any]:
         "control": list(control.names) if control else [],
         "control_ids": dict(control.ids) if control else {},
         "deterministic": runtime.deterministic,
+        **({"request": dict(runtime.request)} if runtime.request else {}),
     }
 
 
