@@ -69,7 +69,11 @@ def calibrate_table(
     0.5
     """
     p, y, kind, clusters = _read(rows, score, label, group, cluster)
-    slices = _slices(p, y, kind, clusters)
+    slices = _slices(p, y, kind, clusters, [str(g) for g in np.unique(kind) if g])
+    if bare := [s.name for s in slices if not s.benign.size]:
+        raise InputError(
+            f"group {bare[0]!r} has no rows labelled 0 (should not be refused), so nothing bounds its errors"
+        )
     return _calibrator(goal, alpha, delta, rate).fit_slices(
         slices, digest=data_hash(p, y, kind), calibrated_on=calibrated_on, claim=_CLAIM
     )
@@ -84,14 +88,13 @@ def check_table_rows(
     *,
     cluster: str | None = None,
 ) -> Report:
-    """Held-out check of a table's operating point; groups without a threshold are left out and noted."""
+    """`check` for a table's operating point; rows of groups without a threshold are left out and noted."""
     p, y, kind, clusters = _read(rows, score, label, group, cluster)
-    digest = data_hash(p, y, kind)
-    steered = np.isin(kind, ["", *cuts(point)])
-    slices = _slices(p[steered], y[steered], kind[steered], None if clusters is None else clusters[steered])
-    if not slices:
+    digest, names = data_hash(p, y, kind), sorted(cuts(point))
+    steered = np.isin(kind, ["", *names])
+    if not (steered & (kind != "")).any():
         raise InputError(f"none of the groups here has a threshold; the point has {', '.join(point.steered)}")
-    report = check_slices(point, slices, digest=digest)
+    report = check_slices(point, _slices(p, y, kind, clusters, names), digest=digest)
     if steered.all():
         return report
     left = f"{int((~steered).sum())} rows of groups without a threshold were left out: "
@@ -122,9 +125,12 @@ def _calibrator(goal: str, alpha: float, delta: float, rate: float | None) -> Ca
 
 
 def _slices(
-    p: FloatArray, y: npt.NDArray[np.bool_], kind: npt.NDArray[np.str_], clusters: npt.NDArray[np.str_] | None
+    p: FloatArray,
+    y: npt.NDArray[np.bool_],
+    kind: npt.NDArray[np.str_],
+    clusters: npt.NDArray[np.str_] | None,
+    names: Sequence[str],
 ) -> list[Slice]:
-    names = [str(g) for g in np.unique(kind) if g]
     spare = ~y & (kind == "")
     out = []
     for name in names:
@@ -132,10 +138,6 @@ def _slices(
         general = not no.any()
         if general:
             no = spare
-        if not no.any():
-            raise InputError(
-                f"group {name!r} has no rows labelled 0 (should not be refused), so nothing bounds its errors"
-            )
         own = (None, None) if clusters is None else (clusters[yes], clusters[no])
         out.append(Slice(name, p[yes], p[no], own[0], own[1], general))
     return out
@@ -146,9 +148,9 @@ def _read(
 ) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.str_], npt.NDArray[np.str_] | None]:
     if not rows:
         raise InputError("no rows to calibrate on")
-    p, y, kind, clusters = np.empty(len(rows)), np.empty(len(rows), bool), [], []
-    for i, item in enumerate(rows):
-        line, row = item if isinstance(item, tuple) else (i + 1, item)
+    numbered = [item if isinstance(item, tuple) else (i + 1, item) for i, item in enumerate(rows)]
+    p, y, kind, clusters = np.empty(len(numbered)), np.empty(len(numbered), bool), [], []
+    for i, (line, row) in enumerate(numbered):
         p[i] = _number(row, score, line)
         y[i] = _label(row, label, line)
         value = "all" if group is None else row.get(group)
