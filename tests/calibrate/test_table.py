@@ -147,6 +147,34 @@ def test_a_group_that_the_check_has_no_rows_of_cannot_be_told():
     ]
 
 
+def with_ids(rows):
+    return [{"id": i, **row} for i, row in enumerate(rows)]
+
+
+def test_copies_count_once_and_are_named():
+    rows = with_ids(rows_of(600))
+    with pytest.warns(CalibrationWarning, match="2 rows are copies.*'5' on lines 6 and 601"):
+        point = calibrate_table([*rows, rows[5], rows[7]], "p", "y", "g", 0.1, 0.1)
+    assert point == calibrate_table(rows, "p", "y", "g", 0.1, 0.1)
+
+
+def test_an_id_on_rows_that_differ_is_refused():
+    rows = with_ids(rows_of(600))
+    more = [*rows, {**rows[5], "p": 0.123}, rows[7], {**rows[9], "y": "0", "p": 0.2}]
+    with pytest.raises(InputError, match=r"2 rows repeat an id.*'5' on lines 6 and 601"):
+        calibrate_table(more, "p", "y", "g", 0.1, 0.1)
+
+
+def test_an_id_may_stand_once_in_each_group_or_name_a_cluster_and_none_says_nothing():
+    rows = with_ids(rows_of(600, groups=("a",)))
+    both = [*rows, *({**r, "g": "b"} for r in rows)]
+    assert calibrate_table(both, "p", "y", "g", 0.1, 0.1).thresholds["b"].n_benign < 600
+    samples = [*rows, *({**r, "p": 0.05} for r in rows if r["y"] == "0")]
+    assert calibrate_table(samples, "p", "y", cluster="id").thresholds["all"].n_benign > 600
+    without = [{**r, "id": ""} for r in rows]
+    assert calibrate_table(without, "p", "y").thresholds == calibrate_table(rows, "p", "y").thresholds
+
+
 def test_a_hundred_thousand_rows_take_seconds(tmp_path):
     rows = rows_of(100_000, groups=tuple("abcde"))
     path = tmp_path / "scores.csv"

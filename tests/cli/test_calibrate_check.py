@@ -162,6 +162,18 @@ def test_rows_of_one_cluster_are_one_draw(cli: Cli, tmp_path: Path) -> None:
     assert strict["high"] - strict["low"] > 1.5 * (loose["high"] - loose["low"])
 
 
+def test_copies_are_counted_once_and_said(cli: Cli, tmp_path: Path) -> None:
+    fit = csv(tmp_path / "fit.csv", "f")
+    fit.write_text(fit.read_text() + fit.read_text().splitlines()[1] + "\n")
+    done = cli("calibrate", fit, *TABLE)
+    assert (
+        done.code == 0 and "1 rows are copies of others" in done.err and "'f0' on lines 2 and 402" in done.err
+    )
+    fit.write_text(fit.read_text() + "f3,0.5,1,a\n")
+    done = cli("calibrate", fit, *TABLE)
+    assert (done.code, done.out) == (2, "") and "1 rows repeat an id" in done.err and "'f3'" in done.err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
