@@ -236,6 +236,8 @@ def test_a_house_taxonomy_goes_through_the_card(
     assert set(text["house_categories"]) == {"weapons", "all"}
     assert text["house_categories"]["weapons"] == text["categories"]["safety"]
     assert "weapons" in (tmp_path / "out" / "card.html").read_text(encoding="utf-8")
+    point = cli("calibrate", house, "-m", "x", "--taxonomy", tmp_path / "t.yaml")
+    assert list(yaml.safe_load(point.out)["thresholds"]) == ["safety"], point.err
     (tmp_path / "t.yaml").write_text("categories: {drugs: safety}")
     assert "has no category 'weapons'" in cli(*args, "--taxonomy", tmp_path / "t.yaml").err
     assert "neither is given" in cli("card", "--taxonomy", tmp_path / "t.yaml").err

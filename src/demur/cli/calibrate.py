@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -17,7 +17,7 @@ from demur.cli.screen import progress, warn, write_report
 from demur.errors import InputError
 from demur.files import dump_operating_point, load, read_rows
 from demur.report.render import to_text
-from demur.types import OperatingPoint, Report, Score
+from demur.types import OperatingPoint, PromptSet, Report, Score
 
 Result = tuple[OperatingPoint, Report | None]
 """The point, and its check where one was asked for."""
@@ -104,6 +104,7 @@ def calibrate(
         str | None,
         typer.Option(metavar="FILE", help="The prompts of --check, where --prompts does not hold them."),
     ] = None,
+    taxonomy: o.Taxonomy = None,
     json: o.Json = False,
     out: o.Out = "-",
 ) -> None:
@@ -120,6 +121,10 @@ def calibrate(
     _check_goal(goal, rate, ordinary_alpha, of_table=score is not None)
     _check_source(score, model, columns, own)
     _check_prompts(prompts, check, check_prompts, joined=score is None and model is None)
+    if score is not None and taxonomy is not None:
+        raise InputError(
+            "--taxonomy maps the categories of prompts, and --score reads a table; leave one out"
+        )
     if score is not None and answers is Answers.BASE:
         raise InputError(
             "--answers base is for models with refusal tokens on an adapter, so not with --score"
@@ -131,9 +136,10 @@ def calibrate(
         if score is not None:
             point, checked = _from_table(file, check, {"score": score, **columns}, choice)
         elif model is not None:
-            point, checked = _from_model(file, check, model, own, choice, ordinary_alpha)
+            sets = [o.load_prompt_file(name, taxonomy) for name in (file, check) if name]
+            point, checked = _from_model(sets, model, own, choice, ordinary_alpha)
         else:
-            sets = (prompts, check_prompts or prompts)
+            sets = [o.load_prompt_file(name, taxonomy) for name in (prompts, check_prompts) if name]
             point, checked = _from_scores(file, check, sets, choice, ordinary_alpha)
     point = replace(point, answers=answers.value)
     report = _report(point, checked)
@@ -238,24 +244,23 @@ def _from_table(
 def _from_scores(
     file: str,
     check: str | None,
-    prompts: tuple[str, str],
+    prompts: Sequence[PromptSet],
     choice: Mapping[str, Any],
     ordinary_alpha: float | None,
 ) -> Result:
     from demur.flows.calibrating import check_held_out, fit, join, prompt_keys, refuse_shared
 
-    rows = join(load(Score, file), o.load_prompt_file(prompts[0]))
+    rows = join(load(Score, file), prompts[0])
     if check is None:
         return fit(rows, choice, ordinary_alpha), None
-    held_out = join(load(Score, check), o.load_prompt_file(prompts[1]))
+    held_out = join(load(Score, check), prompts[-1])
     refuse_shared(map(prompt_keys, rows.prompts), map(prompt_keys, held_out.prompts))
     point = fit(rows, choice, ordinary_alpha)
     return point, check_held_out(point, rows, held_out, ordinary_alpha)
 
 
 def _from_model(
-    file: str,
-    check: str | None,
+    sets: Sequence[PromptSet],
     model: str,
     own: Mapping[str, Any],
     choice: Mapping[str, Any],
@@ -264,8 +269,7 @@ def _from_model(
     from demur.flows.asking import askable
     from demur.flows.calibrating import check_held_out, fit, join, prompt_keys, refuse_shared
 
-    sets = [o.load_prompt_file(name) for name in (file, check) if name]
-    if check:
+    if sets[1:]:
         refuse_shared(map(prompt_keys, sets[0]), map(prompt_keys, sets[1]))
     condition = o.condition(system=own["system"])
     runtime = o.load_model(model, **{k: v for k, v in own.items() if k != "system"})
@@ -280,4 +284,4 @@ def _from_model(
         model_fingerprint=runtime.fingerprint,
         dtype=runtime.dtype,
     )
-    return point, check_held_out(point, scored[0], scored[1], ordinary_alpha) if check else None
+    return point, check_held_out(point, scored[0], scored[1], ordinary_alpha) if sets[1:] else None
