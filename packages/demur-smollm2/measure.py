@@ -26,6 +26,10 @@ from demur.stats import auroc, auroc_interval, bootstrap_interval, ece, rate
 from demur.types import DECLINING, RESPOND, Condition, Label, OperatingPoint, PromptSet, Rate, Threshold
 
 TAUS = np.linspace(0, 1, 101)
+BUDGETS = (0.03, 0.02, 0.015, 0.01, 0.007, 0.005)
+"""Shares of ordinary requests that may be declined: the largest that leaves the development rows alone ships."""
+DEVELOPMENT_DECLINED = 2
+"""How many of AlpacaEval's rows 201 to 300 that is at most."""
 HERE = Path(__file__).parent
 
 
@@ -102,8 +106,9 @@ def dial(P: np.ndarray, items: PromptSet, names) -> dict:
         c: float((decide(P, names, taus)[y & (category == c)] < len(names) - 1).mean()) for c in names[:-1]
     }
     start = rates(base)
-    for c in names[:-1]:
-        for t in TAUS:
+    for k, c in enumerate(names[:-1]):
+        # the refusals' own probabilities: an even grid is too coarse where most of them are near 1
+        for t in np.nextafter(np.unique(P[y & (category == c), k]), 2):
             now = rates(base | {c: float(t)})
             if start[c] - now[c] >= 0.5:
                 others = {d: start[d] - now[d] for d in names[:-1] if d != c}
@@ -123,6 +128,16 @@ def calibrated(P: np.ndarray, items: PromptSet, names, alpha: float, ordinary_al
     return LearnThenTest(alpha=alpha, delta=0.1, ordinary_alpha=ordinary_alpha).fit(
         P, truth(items), np.array([p.category for p in items]), names=names, calibrated_on="core/calibrate"
     )
+
+
+def within_development(P: np.ndarray, held: PromptSet, development: np.ndarray, names, alpha: float) -> float:
+    """The largest of `BUDGETS` whose thresholds decline at most `DEVELOPMENT_DECLINED` development rows."""
+    for budget in BUDGETS:
+        lost = int(declined(development, names, calibrated(P, held, names, alpha, budget)).sum())
+        print(f"budget {budget:.1%}: {lost} of {len(development)} development rows declined", flush=True)
+        if lost <= DEVELOPMENT_DECLINED:
+            return budget
+    raise SystemExit(f"every budget of {BUDGETS} declines more than {DEVELOPMENT_DECLINED} development rows")
 
 
 def by_writer(P: np.ndarray, items: PromptSet, names, alpha: float, ordinary_alpha: float) -> dict:
@@ -240,9 +255,6 @@ def main() -> None:
         "--alpha", type=float, default=0.05, help="budget of false refusals for the operating point"
     )
     ask.add_argument(
-        "--ordinary-alpha", type=float, default=0.015, help="budget of ordinary prompts declined as anything"
-    )
-    ask.add_argument(
         "--answers", choices=("model", "base"), default="base", help="who answers what is accepted"
     )
     ask.add_argument(
@@ -280,8 +292,11 @@ def main() -> None:
 
     held = prompts.core("calibrate")
     Pc = table(runtime, held)
+    development = PromptSet("alpaca 201 to 300", prompts.benign_alpaca().prompts[200:])
+    budget = within_development(Pc, held, table(runtime, development), names, args.alpha)
+    out["ordinary_alpha"] = budget
     point = replace(
-        calibrated(Pc, held, names, args.alpha, args.ordinary_alpha),
+        calibrated(Pc, held, names, args.alpha, budget),
         answers=args.answers,
         id=f"demur-smollm2/alpha{args.alpha:g}",
         model="demur-smollm2",
@@ -297,7 +312,7 @@ def main() -> None:
     out["ordinary_refused_test"] = show(
         rate(int((emitted[ordinary] < len(names) - 1).sum()), int(ordinary.sum()))
     )
-    out["ordinary_by_writer"] = by_writer(Pc, held, names, args.alpha, args.ordinary_alpha)
+    out["ordinary_by_writer"] = by_writer(Pc, held, names, args.alpha, budget)
     print("ordinary by writer", json.dumps(out["ordinary_by_writer"]), flush=True)
     out["declined"] = {
         name: {
