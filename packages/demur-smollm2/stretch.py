@@ -2,8 +2,8 @@
 
     python packages/demur-smollm2/stretch.py FOLDER OUT [FACTOR]
 
-Weight extrapolation (Zheng et al., arXiv 2404.16792): B is multiplied, so the LoRA's product; control rows stay. The
-decision carries over and ranks better, texts break: train on before use.
+Weight extrapolation (Zheng et al., arXiv 2404.16792): B is multiplied, so the LoRA's product; control rows stay.
+The decision carries over and ranks better, texts break: train on before use.
 """
 
 from __future__ import annotations
