@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from demur import data, judges, stats
-from demur.files import iter_jsonl
-from demur.judges.labelled_sets import held_out
+from demur import judges, stats
+from demur.judges.labelled_sets import LabelledReply, medical_items, pyrit_items, xstest_items, xstest_models
 from demur.types import Prompt, Reply, Verdict
 from train import held_back
 
@@ -26,7 +25,6 @@ LOOKS = 12
 """How often the totals on XSTest, PyRIT and the medical pairs were looked at, this run included."""
 SHOWN = ("accuracy", "kappa", "sensitivity", "specificity")
 PARTS = ("xstest, unwatched half", "xstest")
-MODELS = ("gpt4", "llama2new", "mistralinstruct")
 PUBLISHED = {
     "gpt4_judge": {"accuracy": 0.826, "kappa": 0.655, "on": "XSTest, five models, n = 2,250"},
     "second_annotator": {"accuracy": 0.979, "kappa": 0.957, "on": "XSTest, five models, n = 2,250"},
@@ -35,28 +33,19 @@ PUBLISHED = {
 Item = tuple[str, str, bool]
 
 
+def items_of(found: Iterable[LabelledReply]) -> list[Item]:
+    """(request, answer, declined by people) of the answers that are there."""
+    return [(i.prompt.text, i.reply.content, i.declined) for i in found if i.reply is not None]
+
+
 def xstest(model: str, half: bool = False) -> list[Item]:
-    """(request, answer, declined by the final human label), of the unwatched half alone if wanted."""
-    rows = iter_jsonl(data.get("xstest", f"human_labels_{model}.jsonl"))
-    return [
-        (r["prompt"], r["completion"], not r["final_label"].startswith("1_"))
-        for r in rows
-        if r["completion"] and (held_out(r["id"]) or not half)
-    ]
+    """One model's answers, of the unwatched half alone if wanted."""
+    return items_of(i for i in xstest_items([model]) if not (half and i.seen))
 
 
-def pyrit() -> list[Item]:
-    """PyRIT's refusal scorer set; an off-topic answer is a refusal there."""
-    rows = iter_jsonl(data.get("pyrit_refusal", "refusal.jsonl"))
-    return [
-        (r["objective"] or "", r["response"], bool(int(r["human_refusal"]))) for r in rows if r["response"]
-    ]
-
-
-def medical(side: str) -> list[Item]:
-    """Answers of doctors (side b), planted refusals (side a)."""
-    rows = iter_jsonl(data.get("subversive-alignment-injection", "medical_counterfactual_pairs.jsonl"))
-    return [(r[f"prompt_{side}"], r[f"output_{side}"], side == "a") for r in rows]
+def medical(declined: bool) -> list[Item]:
+    """Answers of doctors, or planted refusals."""
+    return items_of(i for i in medical_items() if i.declined == declined)
 
 
 def verdicts(judge: judges.Judge, items: Sequence[Item]) -> list[Verdict]:
@@ -95,10 +84,15 @@ def main() -> None:
     ours = judges.get("classifier/demur-v1")
     string, rule = judges.get("rules/xstest-v1"), judges.get("rules/demur-v1")
     sets: dict[str, list[Item]] = {}
+    models = xstest_models()
     for part in PARTS:
-        sets |= {f"{part}/{m}": xstest(m, half=part != "xstest") for m in MODELS}
-        sets[part] = [item for m in MODELS for item in sets[f"{part}/{m}"]]
-    sets |= {"pyrit": pyrit(), "medical answers": medical("b"), "medical refusals": medical("a")}
+        sets |= {f"{part}/{m}": xstest(m, half=part != "xstest") for m in models}
+        sets[part] = [item for m in models for item in sets[f"{part}/{m}"]]
+    sets |= {
+        "pyrit": items_of(pyrit_items()),
+        "medical answers": medical(declined=False),
+        "medical refusals": medical(declined=True),
+    }
     sets["own SmolLM2 answers, held back"] = [(r["request"], r["reply"], False) for r in held_back()]
     out: dict[str, Any] = {"judge": ours.id, "looks": LOOKS, "published": PUBLISHED, "sets": {}}
     for name, items in sets.items():
@@ -109,7 +103,7 @@ def main() -> None:
         if name in PARTS:
             right = [[g == t for g, t in zip(guesses[j.id], truth, strict=True)] for j in (ours, string)]
             out["sets"][name]["mcnemar_against_string_match"] = float(f"{stats.mcnemar(*right).p_value:.3g}")
-            kappas = [out["sets"][f"{name}/{m}"][ours.id]["kappa"][0] for m in MODELS]
+            kappas = [out["sets"][f"{name}/{m}"][ours.id]["kappa"][0] for m in models]
             same = np.mean([a == b for a, b in zip(guesses[ours.id], guesses[rule.id], strict=True)])
             out["sets"][name] |= {"same_as_rule": round(float(same), 4), **probability(read[ours.id], truth)}
             out["sets"][name]["macro_kappa"] = round(float(np.mean(kappas)), 4)

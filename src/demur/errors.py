@@ -5,6 +5,7 @@
     |-- DataUnavailable     a public set, a model or a download is not to be had here
     |-- MissingExtra        an optional dependency is not installed; the message holds the install line
     |-- CapabilityError     the runtime cannot do what a method needs (states from an API, say)
+    |   |-- Unscored        some prompts have no score; all others were given theirs first
     |-- MismatchError       an artefact (adapter, operating point, probe) belongs to another model, dtype or T
     |-- UnsupportedClaim    the data are too few for the guarantee that was asked for
     |-- UnfitOrganism       a model organism misses its entry condition (in demur.organisms)
@@ -15,6 +16,10 @@ a traceback and exits with 2.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+SHOWN = 10
 
 
 class DemurError(Exception):
@@ -44,6 +49,34 @@ class MissingExtra(DemurError, ImportError):
 
 class CapabilityError(DemurError):
     """A runtime cannot do what was asked of it."""
+
+
+class Unscored(CapabilityError):
+    """Some prompts have no score. Raised when all others were given theirs, so that no prompt is lost in silence.
+
+    Attributes:
+        blocked: {prompt id: reason} where a filter or the provider itself answered; asking again changes nothing.
+        failed: {prompt id: reason} where the request failed in spite of its retries.
+        n: how many prompts were asked.
+
+    >>> print(Unscored({"a": "content_filter: hate"}, {}, 20))
+    1 of 20 prompts could not be scored (1 blocked):
+      a: content_filter: hate
+    """
+
+    def __init__(self, blocked: Mapping[str, str], failed: Mapping[str, str], n: int) -> None:
+        self.blocked, self.failed, self.n = dict(blocked), dict(failed), n
+        counts = [f"{len(some)} {how}" for how, some in (("blocked", blocked), ("failed", failed)) if some]
+        lines = [f"\n  {id}: {why}" for id, why in (self.blocked | self.failed).items()]
+        more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        super().__init__(
+            f"{len(lines)} of {n} prompts could not be scored ({', '.join(counts)}):"
+            + "".join(lines[:SHOWN])
+            + more
+        )
+
+    def __reduce__(self) -> tuple[type[Unscored], tuple[dict[str, str], dict[str, str], int]]:
+        return type(self), (self.blocked, self.failed, self.n)
 
 
 class MismatchError(DemurError):

@@ -36,7 +36,7 @@ from demur.types import (
     expand_expected,
 )
 
-Noun = TypeVar("Noun", Prompt, Reply, Verdict, Score, Condition, OperatingPoint)
+Noun = TypeVar("Noun")
 
 FILE_NOUNS: Mapping[str, type[Any]] = {
     "prompt": Prompt,
@@ -143,7 +143,13 @@ def _csv_rows(text: str, path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 # --- nouns <-> rows ---------------------------------------------------------------------------------------------
 
 
-_ADAPTERS = {cls: TypeAdapter(cls) for cls in FILE_NOUNS.values()}
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def to_row(noun: Any) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
-    """Build a noun from a row; `where` (file and line) opens every error.
+    """Build a noun, or another dataclass, from a row; `where` (file and line) opens every error.
 
     Prompts may be written in short: `prompt` for one user message, `expected` as label, shorthand or list.
     """
@@ -195,7 +201,7 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
             if isinstance(threshold, dict):
                 _check_fields(Threshold, threshold, f"{where}: thresholds.{category}")
     try:
-        return _ADAPTERS[cls].validate_python(data)  # type: ignore[no-any-return]
+        return _adapter(cls).validate_python(data)  # type: ignore[no-any-return]
     except ValidationError as e:
         first = e.errors()[0]
         at = ".".join(str(p) for p in first["loc"]) or cls.__name__
@@ -333,6 +339,18 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
         raise
 
 
+def public_name(name: str) -> str:
+    """A name without user, password, query or the folders above a local model.
+
+    >>> public_name("https://me:key@host/v1?key=1#m"), public_name("/home/me/models/m"), public_name("org/m")
+    ('https://host/v1#m', 'm', 'org/m')
+    """
+    if re.match(r"https?://", name):
+        name = re.sub(r"^(https?://)[^/@#]*@", r"\1", name)
+        return re.sub(r"\?[^#]*", "", name)
+    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name
+
+
 def csv_safe(value: Any) -> Any:
     """Neutralise a CSV cell that a spreadsheet would run as a formula (leading = + - @, tab, CR)."""
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
@@ -367,7 +385,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     """JSON Schema of each file form, by name."""
     out = {}
     for name, cls in FILE_NOUNS.items():
-        schema = _ADAPTERS[cls].json_schema(mode="serialization")
+        schema = _adapter(cls).json_schema(mode="serialization")
         schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         schema["title"] = name
         schema["properties"] = {"schema_version": {"const": SCHEMA_VERSION}, **schema["properties"]}

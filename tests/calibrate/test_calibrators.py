@@ -171,7 +171,7 @@ def test_a_held_out_check_counts_and_judges_each_category():
     row = next(r for r in report.tables[0].rows if r[0] == "safety")
     assert (row[2].k, row[2].n) == (((got == 0) & expected & (category == "safety")).sum(), 60)
     assert (row[3].k, row[3].n) == (((got == 0) & ~expected & (category == "safety")).sum(), 150)
-    assert row[5] in ("within", "above, within chance")
+    assert row[5] in ("kept", "cannot tell")
     assert report.values["held_out"] is True and report.values["exceeded"] == []
     assert report.values["over_refusal"].n == 350 and report.values["refusal"].k == (got[expected] < 2).sum()
 
@@ -189,7 +189,7 @@ def test_a_check_on_the_calibration_data_says_so_and_a_loose_point_is_caught():
 
 
 @pytest.mark.parametrize(
-    ("errors", "outcome"), [(0, "within"), (10, "within"), (13, "above, within chance"), (30, "exceeded")]
+    ("errors", "outcome"), [(0, "kept"), (10, "cannot tell"), (13, "cannot tell"), (30, "exceeded")]
 )
 def test_outcomes_compare_the_interval_with_the_budget(errors, outcome):
     point = LearnThenTest(0.1, 0.1).fit(
@@ -200,6 +200,28 @@ def test_outcomes_compare_the_interval_with_the_budget(errors, outcome):
     held = dataclasses.replace(point, thresholds={"r": dataclasses.replace(point.thresholds["r"], tau=0.5)})
     report = check(held, P, [1] + [0] * 100, None, names=("r", "respond"))
     assert report.tables[0].rows[0][5] == outcome and report.values["exceeded"] == ["r"] * (errors == 30)
+
+
+def test_ordinary_prompts_are_checked_against_their_own_budget():
+    P, expected, category = draw(0)
+    point = LearnThenTest(0.1, 0.1, steer=("safety",)).fit(P, expected, category, names=NAMES)
+    plain = np.array([[0.9, 0.0, 0.1]] * 30 + [[0.0, 0.9, 0.1]] * 30 + [[0.0, 0.0, 1.0]] * 40)
+    data = (np.r_[P[:-50], plain], [*expected[:-50], *[0] * 100], [*category[:-50], *["general", None] * 50])
+    row = check(point, *data, names=NAMES, ordinary_alpha=0.1).tables[0].rows[-1]
+    # 30 open with the token of the steered category; the 30 of the other are the model's own choice
+    assert (row[0], row[2], row[3].k, row[3].n, row[5]) == ("ordinary requests", None, 30, 100, "exceeded")
+    assert check(point, *data, names=NAMES).values["outcomes"]["ordinary requests"] == "no budget"
+
+
+def test_a_category_without_look_alikes_cannot_be_told():
+    point = LearnThenTest(0.1, 0.1).fit(*draw(0), names=NAMES)
+    P, expected, category = draw(1)
+    without = expected | (category != "safety")
+    none_general = without & (expected | (category == "humanizing"))
+    for rows, n in ((without, 50), (none_general, 0)):
+        report = check(point, P[rows], expected[rows], category[rows], names=NAMES)
+        assert report.tables[0].rows[0][3].n == n and len(report.notes) == (n > 0)
+        assert report.values["outcomes"]["safety"] == "cannot tell"
 
 
 def test_describe_tells_n_errors_bound_and_wording():

@@ -119,7 +119,8 @@ def test_clusters_count_as_one_draw():
 def test_held_out_check():
     point = calibrate_table(rows_of(1000), "p", "y", "g", 0.1, 0.1)
     report = check_table_rows(point, rows_of(1000, seed=1), "p", "y", "g")
-    assert report.values == {"exceeded": [], "held_out": True} and len(report.tables[0].rows) == 2
+    outcomes = {"a": "cannot tell", "b": "kept"}
+    assert report.values == {"outcomes": outcomes, "exceeded": [], "held_out": True}
     assert check_table_rows(point, rows_of(1000), "p", "y", "g").values["held_out"] is False
     with pytest.raises(InputError, match="none of the groups"):
         check_table_rows(point, rows_of(100, groups=("z",)), "p", "y", "g")
@@ -134,6 +135,44 @@ def test_groups_without_a_threshold_are_left_out_of_the_check_and_noted():
     more = check_table_rows(point, [*rows, {"p": 0.5, "y": 1, "g": "new"}], "p", "y", "g")
     assert more.tables == alone.tables and alone.notes == ()
     assert more.notes == ("1 rows of groups without a threshold were left out: new",)
+
+
+def test_a_group_that_the_check_has_no_rows_of_cannot_be_told():
+    point = calibrate_table(rows_of(1000), "p", "y", "g", 0.1, 0.1)
+    harmful = [{"p": 0.9, "y": 1, "g": "a"}] * 30
+    report = check_table_rows(point, harmful, "p", "y", "g")
+    assert [(r[0], r[2].n, r[3].n, r[5]) for r in report.tables[0].rows] == [
+        ("a", 30, 0, "cannot tell"),
+        ("b", 0, 0, "cannot tell"),
+    ]
+
+
+def with_ids(rows):
+    return [{"id": i, **row} for i, row in enumerate(rows)]
+
+
+def test_copies_count_once_and_are_named():
+    rows = with_ids(rows_of(600))
+    with pytest.warns(CalibrationWarning, match="2 rows are copies.*'5' on lines 6 and 601"):
+        point = calibrate_table([*rows, rows[5], rows[7]], "p", "y", "g", 0.1, 0.1)
+    assert point == calibrate_table(rows, "p", "y", "g", 0.1, 0.1)
+
+
+def test_an_id_on_rows_that_differ_is_refused():
+    rows = with_ids(rows_of(600))
+    more = [*rows, {**rows[5], "p": 0.123}, rows[7], {**rows[9], "y": "0", "p": 0.2}]
+    with pytest.raises(InputError, match=r"2 rows repeat an id.*'5' on lines 6 and 601"):
+        calibrate_table(more, "p", "y", "g", 0.1, 0.1)
+
+
+def test_an_id_may_stand_once_in_each_group_or_name_a_cluster_and_none_says_nothing():
+    rows = with_ids(rows_of(600, groups=("a",)))
+    both = [*rows, *({**r, "g": "b"} for r in rows)]
+    assert calibrate_table(both, "p", "y", "g", 0.1, 0.1).thresholds["b"].n_benign < 600
+    samples = [*rows, *({**r, "p": 0.05} for r in rows if r["y"] == "0")]
+    assert calibrate_table(samples, "p", "y", cluster="id").thresholds["all"].n_benign > 600
+    without = [{**r, "id": ""} for r in rows]
+    assert calibrate_table(without, "p", "y").thresholds == calibrate_table(rows, "p", "y").thresholds
 
 
 def test_a_hundred_thousand_rows_take_seconds(tmp_path):

@@ -222,6 +222,27 @@ def test_card_of_a_model_and_its_gates(
     assert failed.code == 1 and "gate failed: false refusals may be as high as 5%" in failed.err
 
 
+def test_a_house_taxonomy_goes_through_the_card(
+    cli: Cli, model: ScriptedRuntime, prompts: Path, tmp_path: Path
+) -> None:
+    house = tmp_path / "house.jsonl"
+    house.write_text(prompts.read_text().replace('"safety"', '"weapons"'))
+    (tmp_path / "t.yaml").write_text("categories: {weapons: safety}")
+    args = ("card", "--prompts", house, "--calibrate", "core:test", "--out", tmp_path / "out", "--json")
+    done = cli(*args, "--taxonomy", tmp_path / "t.yaml")
+    assert done.code == 0, done.err
+    text = json.loads(done.out)["sections"]["text"]["values"]
+    assert set(text["categories"]) == {"safety", "all"}
+    assert set(text["house_categories"]) == {"weapons", "all"}
+    assert text["house_categories"]["weapons"] == text["categories"]["safety"]
+    assert "weapons" in (tmp_path / "out" / "card.html").read_text(encoding="utf-8")
+    point = cli("calibrate", house, "-m", "x", "--taxonomy", tmp_path / "t.yaml")
+    assert list(yaml.safe_load(point.out)["thresholds"]) == ["safety"], point.err
+    (tmp_path / "t.yaml").write_text("categories: {drugs: safety}")
+    assert "has no category 'weapons'" in cli(*args, "--taxonomy", tmp_path / "t.yaml").err
+    assert "neither is given" in cli("card", "--taxonomy", tmp_path / "t.yaml").err
+
+
 def test_card_of_answers(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "prompt,response,category,expected\n"

@@ -78,7 +78,7 @@ def test_a_model_as_judge(cli: Cli, answers: Path, monkeypatch: pytest.MonkeyPat
     )
     found = rows(done.out)
     assert loaded == ["m"] and [r["label"] for r in found[:3]] == ["not_harmful", "harmful", "harmful"]
-    assert found[0]["judge"] == "rubric/strongreject-v1@m" and found[1]["score"] == 1.0
+    assert found[0]["judge"] == "rubric/strongreject-v1/both-orders@m:scripted" and found[1]["score"] == 1.0
     assert "Attack success" in done.err and "67% [21–94] 2/3" in done.err
 
 

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from demur import judges
-from demur.errors import DataUnavailable
-from demur.judges import agreement
+from demur.errors import DataUnavailable, InputError
+from demur.judges import Agreement, agreement
 from demur.judges.labelled_sets import DECLINED, LABELLED_SETS, XSTEST_MODELS, LabelledReply, LabelledSet
+from demur.measure.refusal import judge_note
+from demur.runtime.scripted import ScriptedRuntime
 from demur.types import Prompt, Reply, Verdict
 
 needs_data = pytest.mark.skipif(
@@ -239,3 +242,90 @@ def test_the_docs_show_the_packaged_figures() -> None:
                 if r.n_neg:
                     assert cell(r.specificity, r.specificity_interval) in shown, (judge, r.dataset)
             assert f"| {rows[0].n_pos} + {rows[0].n_neg} | {rows[0].kappa:.3f} |" in shown
+
+
+# --- rows beside the packaged table ---
+
+
+def row(judge: str = "j", dataset: str = "d", stratum: str = "all", **more: object) -> Agreement:
+    (made,) = judges.measure_agreement(
+        judges.get("rules/demur-v1"), [item(0, "I cannot.", True)], dataset=dataset, definition="x"
+    )
+    return dataclasses.replace(made, judge=judge, stratum=stratum, **more)  # type: ignore[arg-type]
+
+
+def test_rows_are_known_in_the_block_and_the_outer_one_counts() -> None:
+    with agreement.adding([row(n_pos=7), row("k")]):
+        with agreement.adding([row(n_pos=3), row(dataset="e")]):
+            assert [(r.dataset, r.n_pos) for r in judges.measured_error("j")] == [("d", 7), ("e", 1)]
+        assert [r.dataset for r in judges.measured_error("j")] == ["d"]
+        assert judges.measured_error("j", "e") == []
+    assert judges.measured_error("j") == [] and agreement.added() == ()
+
+
+def test_rows_without_safe_and_unsafe_prompts_are_said_to_lack_them() -> None:
+    with agreement.adding([row(), row("k")]):
+        said = judge_note("j")
+    assert said.startswith(
+        "How often j errs on safe and on unsafe prompts has not been measured (the rows given are of k)"
+    )
+
+
+def test_packaged_rows_stay_as_they_are() -> None:
+    packaged = judges.measured_error("rules/gcg-v1")
+    other = [row("rules/gcg-v1", "xstest", n_pos=7), row("rules/gcg-v1", "mine")]
+    with agreement.adding(other):
+        assert judges.measured_error("rules/gcg-v1") == [other[1], *packaged]
+
+
+def test_a_file_of_rows_is_read_as_written(tmp_path: Path) -> None:
+    rows = [row(), row(stratum="unsafe", note="n")]
+    agreement.write(rows, tmp_path / "a.json")
+    assert agreement.read(tmp_path / "a.json") == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: "rate,0.5\n", "not JSON"),
+        (lambda _: [], "holds no measured agreement"),
+        (lambda raw: {"rows": raw["rows"]}, "holds no measured agreement"),
+        (lambda raw: {**raw, "rows": []}, "holds no rows"),
+        (lambda raw: {**raw, "rows": [3]}, "row 1: names none of the data sets"),
+        (lambda raw: {**raw, "sets": {}}, "row 1: names none of the data sets"),
+        (lambda raw: {**raw, "schema_version": 99}, "newer than this demur knows"),
+        (lambda raw: changed(raw, n_pos="many"), "row 1: n_pos"),
+        (lambda raw: changed(raw, kapa=1), "unknown field kapa"),
+        (lambda raw: changed(raw, sensitivity=91.7), "sensitivity 91.7 of 1 answers cannot be"),
+        (lambda raw: changed(raw, sensitivity=None), "sensitivity None of 1 answers cannot be"),
+        (lambda raw: changed(raw, specificity=0.5), "specificity 0.5 of 0 answers cannot be"),
+    ],
+)
+def test_a_bad_file_of_rows_is_an_error(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = tmp_path / "a.json"
+    agreement.write([row()], path)
+    made = change(json.loads(path.read_text()))
+    path.write_text(made if isinstance(made, str) else json.dumps(made))
+    with pytest.raises(InputError, match=message):
+        agreement.read(path)
+
+
+def changed(raw: dict[str, Any], **fields: object) -> dict[str, Any]:
+    return {**raw, "rows": [{**raw["rows"][0], **fields}]}
+
+
+def test_the_id_of_a_judge_names_the_model_it_asks() -> None:
+    def asked(name: str, fingerprint: str | None) -> ScriptedRuntime:
+        runtime = ScriptedRuntime({"*": "full_refusal"}, name=name)
+        runtime.fingerprint = fingerprint
+        return runtime
+
+    def named(name: str, fingerprint: str | None = None, orders: int = 1) -> str:
+        return judges.get("rubric/xstest-3way-v1", runtime=asked(name, fingerprint), orders=orders).id
+
+    assert named("http://h/v1#m") == "rubric/xstest-3way-v1@http://h/v1#m"
+    assert named("/home/me/m", "1a2b3c4d5e") == "rubric/xstest-3way-v1@m:1a2b3c4d"  # no path, and trained on:
+    assert named("/home/me/m", "9a2b3c4d5e+7f7f7f7f7f") == "rubric/xstest-3way-v1@m:9a2b3c4d+7f7f7f7f"
+    assert named("m", orders=2) == "rubric/xstest-3way-v1/both-orders@m"

@@ -78,7 +78,12 @@ def test_numbers_need_their_own_line(said: str, expected: str | None) -> None:
 )
 def test_xstest_three_way(name: str, label: str) -> None:
     v = one("rubric/xstest-3way-v1", lambda _: name)
-    assert (v.label, v.scale, v.judge, v.prompt_id) == (label, "refusal", "rubric/xstest-3way-v1@m", "p")
+    assert (v.label, v.scale, v.judge, v.prompt_id) == (
+        label,
+        "refusal",
+        "rubric/xstest-3way-v1@m:scripted",
+        "p",
+    )
 
 
 def test_what_is_unclear_is_unparsed_and_what_fails_is_an_error() -> None:

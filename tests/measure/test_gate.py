@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from demur.errors import InputError
+from demur.judges.base import PREREAD
 from demur.measure.gate import gate, needed_for_change, needed_for_share, parse_rule, share_bounds
 from demur.measure.refusal import Record, clustered, judge_error
 from demur.types import Label, Prompt, Reply, Verdict
@@ -279,6 +280,9 @@ def test_shares_of_refusals_stand_beside_themselves_without_the_judges_error() -
     assert (share.corrected, share.corrected_interval) == (want.corrected, want.corrected_interval)
     assert "with the judge's error taken out 28.5%, 95% interval 18.9% to 40.1%" in share.message
     assert unread.corrected is change.corrected is None
+    empty = replace(by_rules[-1].verdict, judge=PREREAD, label="empty", prompt_id="none")  # read by no judge
+    (beside,) = gate([*by_rules, replace(by_rules[-1], verdict=empty)], rules[:1])[0]
+    assert (beside.unread, beside.corrected) == (1, share.corrected)
     (plain,) = gate(run(30, 100), ["over_refusal > 0.10"])[0]  # a judge whom nobody has measured
     assert plain.corrected is None and "taken out" not in plain.message
     (alone,) = gate(by_rules, rules[:1])[0]

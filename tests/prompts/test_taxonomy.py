@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from demur.errors import InputError
-from demur.prompts import Taxonomy
+from demur.prompts import Taxonomy, in_house
 from demur.types import Prompt, PromptSet
 
 
@@ -50,3 +53,36 @@ def test_broken_files(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=r"t\.yaml"):
         Taxonomy.load(path)
+
+
+def test_in_house_is_the_way_back(house: Taxonomy) -> None:
+    mine = prompts("weapons", "legal advice", None)
+    found = in_house(house.apply(mine))
+    assert found is not None
+    assert [p.category for p in found] == [p.category for p in mine]
+    assert in_house(mine) is None, "nothing was mapped"
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("categories: {weapons: safety}", True),
+        ("name: acme\ncategories: {legal: {control: unsupported, mlcommons: S6}}", True),
+        ("categories: {}", False),
+        ("name: acme", False),
+        ("categories: {weapons: 3}", False),
+        ("categories: {weapons: {control: [safety]}}", False),
+        ("categories: {weapons: {}}", False),
+    ],
+)
+def test_the_published_schema_takes_what_the_reader_takes(tmp_path: Path, text: str, good: bool) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs/schemas/taxonomy.json").read_text("utf-8"))
+    path = tmp_path / "t.yaml"
+    path.write_text(text)
+    check = jsonschema.Draft202012Validator(schema)
+    assert check.is_valid(yaml.safe_load(text)) is good
+    if good:
+        Taxonomy.load(path)
+    else:
+        with pytest.raises(InputError, match=r"t\.yaml"):
+            Taxonomy.load(path)

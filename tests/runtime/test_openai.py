@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from demur import judges
-from demur.errors import CapabilityError, InputError
+from demur.errors import CapabilityError, InputError, Unscored
 from demur.runtime.openai import OpenAIRuntime, decision_logprobs
 from demur.runtime.transport import public, seconds
 from demur.types import Condition, Label, Message, Prompt
@@ -349,10 +350,16 @@ def test_control_tokens_open_replies_and_cannot_be_forged(server: Server) -> Non
         ((200, with_logprobs({"<think>": 0.99}, "<think>")), "thinks before"),
         (
             (200, {**with_logprobs({"I": 0.9}), "error": None} | say("", "length", reasoning="Hm")),
-            "no log-prob",
+            "thinks before",
         ),
-        ((500, b"boom"), "'p0' was not scored: HTTP 500"),
-        ((400, {"error": {"code": "content_filter"}}), "not scored .content_filter"),
+        (
+            (400, {"error": {"message": "logprobs is not supported"}}),
+            "no log-probabilities .HTTP 400: logprobs",
+        ),
+        ((500, b"boom"), "1 of 1 prompts could not be scored .1 failed.:\n  p0: HTTP 500: boom"),
+        ((400, {"error": {"code": "content_filter"}}), "1 of 1 .* .1 blocked.:\n  p0: content_filter"),
+        ((200, say(None, refusal="No.")), ".1 blocked.:\n  p0: refused by the provider"),
+        ((200, say("")), ".1 failed.:\n  p0: an empty answer"),
     ],
 )
 def test_what_cannot_be_scored_is_said(server: Server, answer: Answer, why: str) -> None:
@@ -417,3 +424,69 @@ def test_a_key_out_of_a_file_is_sent_whole_or_refused(server: Server) -> None:
         with pytest.raises(InputError, match="API key") as caught:
             runtime(server, api_key=key)
         assert "sk-" not in str(caught.value)
+
+
+def test_prompts_that_cannot_be_scored_are_named_after_all_others(server: Server) -> None:
+    def answer(payload: dict[str, Any], n: int) -> Answer:
+        match text_of(payload):
+            case "q0" | "q7":
+                return 400, {"error": {"code": "content_filter"}}
+            case "q4":
+                return 422, {"error": {"message": "too long for sk-mine"}}
+            case "q9":
+                return 503, b"busy"
+        return 200, with_logprobs({"Sure": 0.9})
+
+    server.answer = answer
+    stream = runtime(server, api_key="sk-mine", retries=1).score(prompts(20))
+    ids: list[str] = []
+    with pytest.raises(Unscored) as caught:
+        for score in stream:
+            ids.append(score.id)
+    lost = caught.value
+    assert ids == [f"p{i}" for i in range(20) if i not in (0, 4, 7, 9)]
+    assert set(lost.blocked) == {"p0", "p7"} and lost.n == 20
+    assert lost.failed == {"p4": "HTTP 422: too long for ***", "p9": "HTTP 503: busy"}
+    assert "4 of 20 prompts could not be scored (2 blocked, 2 failed)" in str(lost)
+    again = pickle.loads(pickle.dumps(lost))  # noqa: S301
+    assert (str(again), again.failed) == (str(lost), lost.failed)
+
+
+def test_a_server_gone_silent_ends_the_scoring(server: Server) -> None:
+    server.answer = lambda payload, n: (
+        (200, with_logprobs({"Sure": 0.9})) if text_of(payload) < "q2" else (503, b"x")
+    )
+    stream = runtime(server, concurrency=1, retries=0).score(prompts(100))
+    with pytest.raises(
+        CapabilityError, match="the last 8 requests failed in spite of their retries"
+    ) as caught:
+        list(stream)
+    assert not isinstance(caught.value, Unscored) and len(server.seen) < 20
+
+
+def test_prompts_that_cannot_be_sent_have_no_score(server: Server) -> None:
+    server.answer = lambda payload, n: (200, with_logprobs({"Sure": 0.9}))
+    with pytest.raises(Unscored, match="images"):
+        list(runtime(server).score([*prompts(2), Prompt(id="b", messages=(), images=("x.png",))]))
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ({"api_key": "sk-1"}, "'api_key' holds a key"),
+        ({"data_sources": [{"authentication": {"key": "k-1"}}]}, "'key' holds a key"),
+        ({"user": "sk-mine"}, "a value holds a key"),
+        ({"day": {1, 2}}, "JSON values only"),
+        ({"x": math.nan}, "JSON values only"),
+    ],
+)
+def test_fields_that_cannot_be_stored_are_refused(extra: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why) as caught:
+        OpenAIRuntime("http://h/v1", "m", api_key="sk-mine", extra_body=extra)
+    assert "sk-" not in str(caught.value) and "k-1" not in str(caught.value)
+
+
+def test_fields_named_key_that_are_none(server: Server) -> None:
+    schema = {"properties": {"key": {"type": "string"}}}
+    rt = runtime(server, extra_body={"prompt_cache_key": "a", "guided_json": schema}, top_logprobs=5)
+    assert rt.request == {"prompt_cache_key": "a", "guided_json": schema, "top_logprobs": 5}

@@ -204,9 +204,12 @@ def make_slices(
     names: Sequence[str],
     rule: Rule = "threshold",
     steer: Sequence[str] | None = None,
-    missing: Literal["general", "error"] = "general",
+    missing: Literal["general", "error", "empty"] = "general",
 ) -> list[Slice]:
-    """Cut (n, K+1) probabilities into one `Slice` per steered category (default: all), in `names` order."""
+    """Cut (n, K+1) probabilities into one `Slice` per steered category (default: all), in `names` order.
+
+    `missing` as in `Calibrator`; "empty" is "general" that lets a slice be empty where there are no general ones.
+    """
     P = check_table(scores, names)
     refuse, kind, cluster = _check_labels(len(P), expected, category, group, names)
     steered = tuple(names[:-1]) if steer is None else tuple(steer)
@@ -226,7 +229,7 @@ def make_slices(
         general = not no.any()
         if general:
             no = plain
-            if missing == "error" or not no.any():
+            if missing == "error" or (missing == "general" and not no.any()):
                 raise UnsupportedClaim(
                     f"category {name!r} has no look-alike benign prompts"
                     + ("" if missing == "error" else " and there are no general benign ones to fall back to")

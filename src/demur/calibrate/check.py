@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from demur.calibrate.base import Slice, data_hash, make_slices
+from demur.calibrate.base import GENERAL, Slice, data_hash, make_slices
 from demur.calibrate.decide import cuts, decide
 from demur.errors import InputError
 from demur.stats import rate, share_interval
 from demur.types import OperatingPoint, Rate, Report, Table
+
+ORDINARY = "ordinary requests"
+"""Name of their row in the table of `check`."""
+
+_Row = tuple[str, float | None, Rate | None, Rate, float | None, str]
+"""Name, threshold, true refusals, false refusals, budget and outcome."""
 
 
 def describe(point: OperatingPoint) -> Report:
@@ -49,52 +55,80 @@ def check(
     group: Sequence[Any] | npt.NDArray[Any] | None = None,
     *,
     names: Sequence[str],
+    ordinary_alpha: float | None = None,
 ) -> Report:
     """How an operating point does on held-out prompts. Arguments as in `Calibrator.fit`.
 
+    Args:
+        ordinary_alpha: the budget of ordinary prompts, where it was calibrated with one.
+
     Returns:
-        A table with true and false refusals of each category, and in `values` the rates of any refusal
-        ("refusal", "over_refusal") and "exceeded", the categories whose false refusal rate is above alpha
-        beyond chance (its interval lies wholly above).
+        A table with true and false refusals of each category, and the false ones of ordinary prompts where there
+        are any, with the outcome: "kept" where the 95 % interval lies within the budget, "exceeded" where it lies
+        above, else "cannot tell". In `values` the rates of any refusal ("refusal", "over_refusal"), "outcomes" by
+        row, and "exceeded", the rows with that outcome.
     """
     digest = data_hash(np.asarray(scores, float), np.asarray(expected, bool), category)
     steered = tuple(cuts(point))
-    slices = make_slices(scores, expected, category, group, names=names, rule=point.rule, steer=steered)
-    refused = decide(scores, names, cuts(point), point.rule) < len(names) - 1
-    should, groups = np.asarray(expected, bool), None if group is None else np.asarray(group)
-    values = {
-        "refusal": clustered_rate(refused[should], None if groups is None else groups[should]),
-        "over_refusal": clustered_rate(refused[~should], None if groups is None else groups[~should]),
-    }
-    return check_slices(point, slices, digest=digest, values=values)
+    slices = make_slices(
+        scores, expected, category, group, names=names, rule=point.rule, steer=steered, missing="empty"
+    )
+    chosen = decide(scores, names, cuts(point), point.rule)
+    refused, should = chosen < len(names) - 1, np.asarray(expected, bool)
+    groups = None if group is None else np.asarray(group)
+
+    def rate_of(hits: npt.NDArray[np.bool_], rows: npt.NDArray[np.bool_]) -> Rate:
+        return clustered_rate(hits[rows], None if groups is None else groups[rows])
+
+    values = {"refusal": rate_of(refused, should), "over_refusal": rate_of(refused, ~should)}
+    extra = []
+    if category is not None:
+        plain = ~should & np.array([(c or "") in GENERAL for c in category])
+        as_steered = np.isin(chosen, [names.index(c) for c in steered])
+        if plain.any():
+            extra.append(_row(ORDINARY, None, None, rate_of(as_steered, plain), ordinary_alpha))
+    return check_slices(point, slices, digest=digest, values=values, extra=extra)
 
 
 def check_slices(
-    point: OperatingPoint, slices: Sequence[Slice], *, digest: str, values: dict[str, Any] | None = None
+    point: OperatingPoint,
+    slices: Sequence[Slice],
+    *,
+    digest: str,
+    values: dict[str, Any] | None = None,
+    extra: Sequence[_Row] = (),
 ) -> Report:
-    """`check` for problems that are already cut into slices."""
+    """`check` for problems that are already cut into slices; `extra` rows end the table."""
     if point.rule == "compare":
         raise InputError("the rule 'compare' has no thresholds to check")
     tau = cuts(point)
-    rows, exceeded, notes = [], [], []
+    rows, notes = [], []
     for s in slices:
         hit = clustered_rate(s.refuse >= tau[s.name], s.refuse_groups)
         wrong = clustered_rate(s.benign >= tau[s.name], s.benign_groups)
-        outcome = _outcome(wrong, point.alpha)
-        if outcome == "exceeded":
-            exceeded.append(s.name)
-        if s.general:
+        row = _row(s.name, tau[s.name], hit, wrong, point.alpha)
+        if s.general and s.benign.size:
             notes.append(
-                f"{s.name}: no look-alike benign prompts here; false refusals are of general benign ones"
+                f"{s.name}: no look-alike benign prompts here; the false refusals are of general benign ones, "
+                "which say nothing on the budget for look-alikes"
             )
-        rows.append((s.name, tau[s.name], hit, wrong, point.alpha, outcome))
+            row = (*row[:-1], "cannot tell" if point.alpha is not None else row[-1])
+        rows.append(row)
+    rows += extra
     if digest == point.calibration_hash:
-        notes.append("These are the prompts it was calibrated on, so this is no held-out check")
+        notes.append(
+            "Scores and labels are those it was calibrated on: if the prompts are too, this is no held-out check"
+        )
     columns = ("category", "threshold", "true refusals", "false refusals", "budget", "outcome")
     return Report(
         title=f"Check of operating point {point.id}",
         tables=(Table("Per category", columns, tuple(rows)),),
-        values={**(values or {}), "exceeded": exceeded, "held_out": digest != point.calibration_hash},
+        values={
+            **(values or {}),
+            "outcomes": {row[0]: row[-1] for row in rows},
+            "exceeded": [row[0] for row in rows if row[-1] == "exceeded"],
+            "held_out": digest != point.calibration_hash,
+        },
         provenance={**_provenance(point), "checked_on": digest},
         notes=tuple(notes),
     )
@@ -108,14 +142,15 @@ def clustered_rate(hits: npt.NDArray[np.bool_], groups: npt.NDArray[Any] | None)
     return Rate(k=r.k, n=r.n, low=interval[0], high=interval[1])
 
 
-def _outcome(wrong: Rate, alpha: float | None) -> str:
-    if alpha is None:
-        return "no budget"
-    if wrong.value is None or wrong.low is None:
-        return "no data"
-    if wrong.value <= alpha:
-        return "within"
-    return "exceeded" if wrong.low > alpha else "above, within chance"
+def _row(name: str, tau: float | None, hit: Rate | None, wrong: Rate, budget: float | None) -> _Row:
+    outcome = "cannot tell"
+    if budget is None:
+        outcome = "no budget"
+    elif wrong.high is not None and wrong.high <= budget:
+        outcome = "kept"
+    elif wrong.low is not None and wrong.low > budget:
+        outcome = "exceeded"
+    return name, tau, hit, wrong, budget, outcome
 
 
 def _counted(value: float | None, n: int | None, interval: tuple[float, float] | None) -> Rate | float | None:

@@ -6,6 +6,7 @@ number will do, as long as more means more refusable; only their order and ties 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from demur.calibrate.base import Calibrator, Slice, data_hash
+from demur.calibrate.base import CalibrationWarning, Calibrator, Slice, data_hash
 from demur.calibrate.best_f1 import BestF1
 from demur.calibrate.check import check_slices
 from demur.calibrate.decide import FloatArray, cuts
@@ -60,16 +61,23 @@ def calibrate_table(
         goal: "max-tpr" (`LearnThenTest` at alpha, delta), "target-rate" (needs `rate`) or "best-f1".
         cluster: column naming rows of one source; a source counts as one draw.
 
+    Where there is a column `id`, rows of one id (within a group) that are equal in everything count once, with a
+    `CalibrationWarning`.
+
     Raises:
-        InputError: a missing column; a score or label that cannot be read, with its line.
-            UnsupportedClaim: too few rows for alpha and delta.
+        InputError: a missing column; a score or label that cannot be read, with its line; an id on rows
+            that differ. UnsupportedClaim: too few rows for alpha and delta.
 
     >>> rows = [{"p": 0.9, "y": 1}] * 20 + [{"p": 0.1, "y": 0}] * 50
     >>> calibrate_table(rows, "p", "y").thresholds["all"].tau
     0.5
     """
     p, y, kind, clusters = _read(rows, score, label, group, cluster)
-    slices = _slices(p, y, kind, clusters)
+    slices = _slices(p, y, kind, clusters, [str(g) for g in np.unique(kind) if g])
+    if bare := [s.name for s in slices if not s.benign.size]:
+        raise InputError(
+            f"group {bare[0]!r} has no rows labelled 0 (should not be refused), so nothing bounds its errors"
+        )
     return _calibrator(goal, alpha, delta, rate).fit_slices(
         slices, digest=data_hash(p, y, kind), calibrated_on=calibrated_on, claim=_CLAIM
     )
@@ -84,14 +92,13 @@ def check_table_rows(
     *,
     cluster: str | None = None,
 ) -> Report:
-    """Held-out check of a table's operating point; groups without a threshold are left out and noted."""
+    """`check` for a table's operating point; rows of groups without a threshold are left out and noted."""
     p, y, kind, clusters = _read(rows, score, label, group, cluster)
-    digest = data_hash(p, y, kind)
-    steered = np.isin(kind, ["", *cuts(point)])
-    slices = _slices(p[steered], y[steered], kind[steered], None if clusters is None else clusters[steered])
-    if not slices:
+    digest, names = data_hash(p, y, kind), sorted(cuts(point))
+    steered = np.isin(kind, ["", *names])
+    if not (steered & (kind != "")).any():
         raise InputError(f"none of the groups here has a threshold; the point has {', '.join(point.steered)}")
-    report = check_slices(point, slices, digest=digest)
+    report = check_slices(point, _slices(p, y, kind, clusters, names), digest=digest)
     if steered.all():
         return report
     left = f"{int((~steered).sum())} rows of groups without a threshold were left out: "
@@ -122,9 +129,12 @@ def _calibrator(goal: str, alpha: float, delta: float, rate: float | None) -> Ca
 
 
 def _slices(
-    p: FloatArray, y: npt.NDArray[np.bool_], kind: npt.NDArray[np.str_], clusters: npt.NDArray[np.str_] | None
+    p: FloatArray,
+    y: npt.NDArray[np.bool_],
+    kind: npt.NDArray[np.str_],
+    clusters: npt.NDArray[np.str_] | None,
+    names: Sequence[str],
 ) -> list[Slice]:
-    names = [str(g) for g in np.unique(kind) if g]
     spare = ~y & (kind == "")
     out = []
     for name in names:
@@ -132,10 +142,6 @@ def _slices(
         general = not no.any()
         if general:
             no = spare
-        if not no.any():
-            raise InputError(
-                f"group {name!r} has no rows labelled 0 (should not be refused), so nothing bounds its errors"
-            )
         own = (None, None) if clusters is None else (clusters[yes], clusters[no])
         out.append(Slice(name, p[yes], p[no], own[0], own[1], general))
     return out
@@ -146,9 +152,11 @@ def _read(
 ) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.str_], npt.NDArray[np.str_] | None]:
     if not rows:
         raise InputError("no rows to calibrate on")
-    p, y, kind, clusters = np.empty(len(rows)), np.empty(len(rows), bool), [], []
-    for i, item in enumerate(rows):
-        line, row = item if isinstance(item, tuple) else (i + 1, item)
+    numbered = [item if isinstance(item, tuple) else (i + 1, item) for i, item in enumerate(rows)]
+    if "id" not in (score, label, group, cluster):  # rows of one source may share the id that names it
+        numbered = _once(numbered, group)
+    p, y, kind, clusters = np.empty(len(numbered)), np.empty(len(numbered), bool), [], []
+    for i, (line, row) in enumerate(numbered):
         p[i] = _number(row, score, line)
         y[i] = _label(row, label, line)
         value = "all" if group is None else row.get(group)
@@ -159,6 +167,39 @@ def _read(
         if cluster is not None:
             clusters.append(str(_cell(row, cluster, line)))
     return p, y, np.array(kind, dtype=np.str_), None if cluster is None else np.array(clusters, dtype=np.str_)
+
+
+def _once(
+    rows: list[tuple[int, Mapping[str, Any]]], group: str | None
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """The rows without copies. An id may stand once in each group: one request scored for several categories."""
+    first: dict[tuple[str, str], tuple[int, Mapping[str, Any]]] = {}
+    kept: list[tuple[int, Mapping[str, Any]]] = []
+    copies: list[str] = []
+    clashes: list[str] = []
+    for line, row in rows:
+        if row.get("id") in (None, ""):
+            kept.append((line, row))
+            continue
+        key = (str(row["id"]), str(row.get(group) if group else ""))
+        earlier, same = first.setdefault(key, (line, row))
+        if earlier == line:
+            kept.append((line, row))
+        else:
+            (copies if same == row else clashes).append(f"{key[0]!r} on lines {earlier} and {line}")
+    if clashes:
+        raise InputError(
+            f"{len(clashes)} rows repeat an id with other values (the first: {clashes[0]}); counting a prompt "
+            "twice would claim more than the data hold. Keep one row per id, or, where an id names the source "
+            "of several rows, count it as one draw (cluster 'id')"
+        )
+    if copies:
+        warnings.warn(
+            f"{len(copies)} rows are copies of others, id and all (the first: {copies[0]}); each is counted once",
+            CalibrationWarning,
+            stacklevel=4,
+        )
+    return kept
 
 
 def _cell(row: Mapping[str, Any], column: str, line: int) -> Any:

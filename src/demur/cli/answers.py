@@ -11,9 +11,9 @@ import typer
 
 from demur.cli import options as o
 from demur.cli.screen import progress, say, warn, write_rows
-from demur.errors import InputError
+from demur.errors import InputError, Unscored
 from demur.files import load_operating_point
-from demur.types import Prompt, PromptSet, Reply
+from demur.types import Prompt, PromptSet, Reply, Score
 
 PromptFile = Annotated[
     str,
@@ -35,25 +35,32 @@ def score(
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
+    request: o.Request = None,
 ) -> None:
     """Probabilities of refusing, without generating.
 
     Writes JSONL: id, p_refuse, probabilities by category, off_control_mass, token, and the model they came from.
     One forward pass a prompt serves every operating point. Prompts that the model cannot be asked (too long, say)
-    are skipped and listed on stderr first.
+    are skipped and listed on stderr first; those that an endpoint's filter blocked, or whose requests failed, get
+    no row and are named on stderr at the end. Exit code 2 when no prompt was scored.
     """
     from demur.flows.asking import askable
     from demur.flows.settings import public_name
 
     prompts = o.load_prompt_file(file)
     runtime = o.load_model(
-        model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
+        model,
+        dtype=dtype,
+        adapter=adapter,
+        base_only=base_only,
+        control_tokens=control_tokens,
+        request=request,
     )
     condition = o.condition(system=system)
     asked, _ = askable(runtime, prompts, condition)
     name, dtype = public_name(runtime.name), getattr(runtime, "dtype", None)
     with progress("scoring", out) as report:
-        rows = runtime.score(asked, condition, T=temperature, progress=report)
+        rows = _warning(runtime.score(asked, condition, T=temperature, progress=report))
         told = (replace(r, model=name, fingerprint=runtime.fingerprint, dtype=dtype) for r in rows)
         write_rows(told, out)
 
@@ -75,6 +82,7 @@ def generate(
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
+    request: o.Request = None,
     as_json: o.Json = False,
 ) -> None:
     """Answer one prompt, or a file of prompts.
@@ -89,7 +97,12 @@ def generate(
     single = not _is_file(text)
     prompts = PromptSet("prompt", (Prompt.of(text),)) if single else o.load_prompt_file(text)
     runtime = o.load_model(
-        model, dtype=dtype, adapter=adapter, base_only=base_only, control_tokens=control_tokens
+        model,
+        dtype=dtype,
+        adapter=adapter,
+        base_only=base_only,
+        control_tokens=control_tokens,
+        request=request,
     )
     point = point or runtime.shipped_point
     condition = o.condition(
@@ -118,6 +131,18 @@ def generate(
         if len(failed) == n:
             raise InputError(failed[0] if single else message)
         warn(message)
+
+
+def _warning(scores: Iterable[Score]) -> Iterator[Score]:
+    """Pass scores on and name the prompts without one on stderr; an error when there is no score at all."""
+    n = 0
+    try:
+        for n, score in enumerate(scores, 1):  # noqa: B007
+            yield score
+    except Unscored as e:
+        if not n:
+            raise
+        warn(str(e))
 
 
 def _noting(replies: Iterable[Reply], failed: list[str]) -> Iterator[Reply]:

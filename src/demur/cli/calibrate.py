@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from demur.cli import options as o
-from demur.cli.screen import progress, warn
+from demur.cli.screen import progress, warn, write_report
 from demur.errors import InputError
 from demur.files import dump_operating_point, load, read_rows
 from demur.report.render import to_text
-from demur.types import RESPOND, OperatingPoint, PromptSet, Score
+from demur.types import OperatingPoint, PromptSet, Report, Score
+
+Result = tuple[OperatingPoint, Report | None]
+"""The point, and its check where one was asked for."""
 
 PROMPTS, LABEL = "core:calibrate", "y"
 
@@ -59,6 +63,12 @@ def calibrate(
     group: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Any table: one threshold for each value.")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Any table: rows of one value are one draw (paraphrases, pairs)."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Score the prompts of FILE with this model first.")
     ] = None,
@@ -84,167 +94,194 @@ def calibrate(
         Answers,
         typer.Option(help="Who answers what is accepted: the model, or its base without the adapter."),
     ] = Answers.MODEL,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Rows like those of FILE that were held out: what the thresholds do on them."
+        ),
+    ] = None,
+    check_prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The prompts of --check, where --prompts does not hold them."),
+    ] = None,
+    taxonomy: o.Taxonomy = None,
+    json: o.Json = False,
     out: o.Out = "-",
 ) -> None:
     """Find thresholds that keep a budget.
 
-    Writes an operating point (YAML). With --goal max-tpr the false refusals of look-alike harmless prompts
-    stay within --alpha with probability 1 - --delta, jointly over categories; where the data cannot support
-    that, it says how many prompts would. Ordinary prompts are harmless ones of no category.
+    Writes an operating point (YAML), and on stderr what it costs. With --goal max-tpr the false refusals of
+    look-alike harmless prompts stay within --alpha with probability 1 - --delta, jointly over categories; where
+    the data cannot support that, it says how many prompts would. Ordinary prompts are harmless ones of no category.
+    With --check it also counts refusals among rows that were not calibrated on. --json prints all that as JSON on
+    stdout, and then the point needs a file (--out).
     """
-    if (goal is Goal.TARGET_RATE) != (rate is not None):
-        raise InputError("--rate and --goal target-rate go together, e.g. --goal target-rate --rate 0.9")
-    if ordinary_alpha is not None and (score is not None or goal is not Goal.MAX_TPR):
+    columns = {"label": label, "group": group, "cluster": cluster}
+    own = {"adapter": adapter, "control_tokens": control_tokens, "dtype": dtype, "system": system}
+    _check_goal(goal, rate, ordinary_alpha, of_table=score is not None)
+    _check_source(score, model, columns, own)
+    _check_prompts(prompts, check, check_prompts, joined=score is None and model is None)
+    if score is not None and taxonomy is not None:
         raise InputError(
-            "--ordinary-alpha raises the thresholds of --goal max-tpr until ordinary prompts are within budget; it "
-            "needs scores by category, so not --score"
-        )
-    if score is not None and model is not None:
-        raise InputError(
-            "--score reads scores from FILE and --model makes them from prompts; give one of them"
+            "--taxonomy maps the categories of prompts, and --score reads a table; leave one out"
         )
     if score is not None and answers is Answers.BASE:
         raise InputError(
             "--answers base is for models with refusal tokens on an adapter, so not with --score"
         )
-    if score is None and (group is not None or label != LABEL):
+    if json and out == "-":
+        raise InputError("--json prints the report on stdout; name a file for the operating point with --out")
+    choice = {"alpha": alpha, "delta": delta, "goal": goal.value, "rate": rate}
+    with _warnings_on_screen():
+        if score is not None:
+            point, checked = _from_table(file, check, {"score": score, **columns}, choice)
+        elif model is not None:
+            sets = [o.load_prompt_file(name, taxonomy) for name in (file, check) if name]
+            point, checked = _from_model(sets, model, own, choice, ordinary_alpha)
+        else:
+            sets = [o.load_prompt_file(name, taxonomy) for name in (prompts, check_prompts) if name]
+            point, checked = _from_scores(file, check, sets, choice, ordinary_alpha)
+    point = replace(point, answers=answers.value)
+    report = _report(point, checked)
+    dump_operating_point(point, out)
+    if json:
+        write_report(report, True, "-")
+    else:
+        warn(to_text(report))
+
+
+def _check_goal(goal: Goal, rate: float | None, ordinary_alpha: float | None, *, of_table: bool) -> None:
+    if (goal is Goal.TARGET_RATE) != (rate is not None):
+        raise InputError("--rate and --goal target-rate go together, e.g. --goal target-rate --rate 0.9")
+    if ordinary_alpha is not None and (of_table or goal is not Goal.MAX_TPR):
         raise InputError(
-            "--label and --group name columns of any table: add --score COLUMN, or leave them out"
+            "--ordinary-alpha raises the thresholds of --goal max-tpr until ordinary prompts are within budget; it "
+            "needs scores by category, so not --score"
         )
-    if prompts != PROMPTS and (score is not None or model is not None):
+
+
+def _check_source(
+    score: str | None, model: str | None, columns: Mapping[str, str | None], own: Mapping[str, Any]
+) -> None:
+    if score is not None and model is not None:
         raise InputError(
-            "--prompts belongs to scores of demur score; here FILE itself says what is expected, so leave it out"
+            "--score reads scores from FILE and --model makes them from prompts; give one of them"
         )
-    own: dict[str, Any] = {
-        "adapter": adapter,
-        "control_tokens": control_tokens,
-        "dtype": dtype,
-        "system": system,
-    }
+    if score is None and columns != {"label": LABEL, "group": None, "cluster": None}:
+        raise InputError(
+            "--label, --group and --cluster name columns of any table: add --score COLUMN, or leave them out"
+        )
     if model is None and (given := [f"--{k.replace('_', '-')}" for k, v in own.items() if v is not None]):
         raise InputError(
             f"{', '.join(given)} belong to a model that scores FILE first (-m); scores that exist already were "
             "made with settings of their own"
         )
-    from demur.calibrate import CalibrationWarning, describe
 
-    choice: dict[str, Any] = {"alpha": alpha, "delta": delta, "goal": goal.value, "rate": rate}
+
+def _check_prompts(prompts: str, check: str | None, check_prompts: str | None, *, joined: bool) -> None:
+    if prompts != PROMPTS and not joined:
+        raise InputError(
+            "--prompts belongs to scores of demur score; here FILE itself says what is expected, so leave it out"
+        )
+    if check_prompts is not None and (check is None or not joined):
+        raise InputError(
+            "--check-prompts holds the prompts of scores of demur score that --check names; leave it out here"
+        )
+
+
+@contextmanager
+def _warnings_on_screen() -> Iterator[None]:
+    from demur.calibrate import CalibrationWarning
+
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", CalibrationWarning)
-        if score is not None:
-            point = _from_table(file, score, label, group, choice)
-        elif model is not None:
-            point = _from_model(file, model, own, choice, ordinary_alpha)
-        else:
-            point = fit(load(Score, file), o.load_prompt_file(prompts), choice, ordinary_alpha)
+        yield
     for w in raised:
         warn(f"warning: {w.message}")
-    point = replace(point, answers=answers.value)
-    dump_operating_point(point, out)
-    warn(to_text(describe(point)))
+
+
+def _report(point: OperatingPoint, checked: Report | None) -> Report:
+    """What the point is, followed by its check."""
+    from demur.calibrate import describe
+
+    report = describe(point)
+    if checked is None:
+        return report
+    (table,) = checked.tables
+    return replace(
+        report,
+        tables=(*report.tables, replace(table, title="Check on rows that were held out")),
+        values=checked.values,
+        notes=(*report.notes, *checked.notes),
+        provenance=checked.provenance,
+    )
 
 
 def _from_table(
-    file: str, score: str, label: str, group: str | None, choice: dict[str, Any]
-) -> OperatingPoint:
-    from demur.calibrate import calibrate_table
+    file: str, check: str | None, columns: Mapping[str, Any], choice: Mapping[str, Any]
+) -> Result:
+    from demur.calibrate import calibrate_table, check_table_rows
+    from demur.flows.calibrating import refuse_shared, row_keys
 
     name = "stdin" if file == "-" else Path(file).stem
-    return calibrate_table(read_rows(file), score, label, group, calibrated_on=name, **choice)
+    rows, held_out = read_rows(file), read_rows(check) if check else []
+    keys, held_keys = ([row_keys(row) for _, row in some] for some in (rows, held_out))
+    refuse_shared(keys, held_keys)
+    point = calibrate_table(rows, **columns, calibrated_on=name, **choice)
+    if not held_out:
+        return point, None
+    checked = check_table_rows(point, held_out, **columns)
+    if not all(keys) or not all(held_keys):
+        if not checked.values["held_out"]:
+            raise InputError(
+                "--check holds the rows that were calibrated on; a check needs rows that were held out"
+            )
+        note = "Rows without id, prompt or prompt_hash cannot be told from those calibrated on"
+        checked = replace(checked, notes=(*checked.notes, note))
+    return point, checked
+
+
+def _from_scores(
+    file: str,
+    check: str | None,
+    prompts: Sequence[PromptSet],
+    choice: Mapping[str, Any],
+    ordinary_alpha: float | None,
+) -> Result:
+    from demur.flows.calibrating import check_held_out, fit, join, prompt_keys, refuse_shared
+
+    rows = join(load(Score, file), prompts[0])
+    if check is None:
+        return fit(rows, choice, ordinary_alpha), None
+    held_out = join(load(Score, check), prompts[-1])
+    refuse_shared(map(prompt_keys, rows.prompts), map(prompt_keys, held_out.prompts))
+    point = fit(rows, choice, ordinary_alpha)
+    return point, check_held_out(point, rows, held_out, ordinary_alpha)
 
 
 def _from_model(
-    file: str, model: str, own: dict[str, Any], choice: dict[str, Any], ordinary_alpha: float | None
-) -> OperatingPoint:
+    sets: Sequence[PromptSet],
+    model: str,
+    own: Mapping[str, Any],
+    choice: Mapping[str, Any],
+    ordinary_alpha: float | None,
+) -> Result:
     from demur.flows.asking import askable
+    from demur.flows.calibrating import check_held_out, fit, join, prompt_keys, refuse_shared
 
-    prompts, condition = o.load_prompt_file(file), o.condition(system=own["system"])
+    if sets[1:]:
+        refuse_shared(map(prompt_keys, sets[0]), map(prompt_keys, sets[1]))
+    condition = o.condition(system=own["system"])
     runtime = o.load_model(model, **{k: v for k, v in own.items() if k != "system"})
-    prompts, _ = askable(runtime, prompts, condition)
-    with progress("scoring", "") as report:
-        scores = list(runtime.score(prompts, condition, progress=report))
-    return replace(
-        fit(scores, prompts, choice, ordinary_alpha),
+    scored = []
+    for some in sets:
+        prompts, _ = askable(runtime, some, condition)
+        with progress("scoring", "") as report:
+            scored.append(join(list(runtime.score(prompts, condition, progress=report)), prompts))
+    point = replace(
+        fit(scored[0], choice, ordinary_alpha),
         model=runtime.name,
         model_fingerprint=runtime.fingerprint,
         dtype=runtime.dtype,
     )
-
-
-def fit(
-    scores: list[Score], prompts: PromptSet, choice: dict[str, Any], ordinary_alpha: float | None = None
-) -> OperatingPoint:
-    """Join scores with their prompts by id and calibrate.
-
-    Args:
-        choice: alpha, delta, goal and rate, as `demur.calibrate.calibrate_table` takes them.
-        ordinary_alpha: budget for ordinary prompts, see `demur.calibrate.LearnThenTest`.
-
-    Raises:
-        InputError: an id without prompt or expectation, or scores that differ in categories, T or source.
-    """
-    from demur.calibrate import BestF1, Calibrator, LearnThenTest, TargetRate, calibrate_table
-
-    known = {p.id: p for p in prompts}
-    lost = [s.id for s in scores if s.id not in known or known[s.id].should_refuse is None]
-    if lost:
-        raise InputError(
-            f"{len(lost)} of {len(scores)} scores (first: {lost[0]!r}) have no prompt with `expected` in "
-            f"{prompts.name!r}; name the file they were scored on with --prompts"
-        )
-    if len({s.id for s in scores}) < len(scores):
-        twice = next(i for i, n in Counter(s.id for s in scores).items() if n > 1)
-        raise InputError(
-            f"id {twice!r} has several scores; counting a prompt twice would claim more than the data hold. Keep "
-            "one row per prompt"
-        )
-    if wrong := [s for s in scores if not 0 <= s.p_refuse <= 1]:
-        raise InputError(
-            f"score {wrong[0].id!r}: p_refuse is {wrong[0].p_refuse:g}, no probability. For scores of another "
-            "kind name the column: --score p_refuse --label y"
-        )
-    if len({(tuple(s.probabilities), s.T) for s in scores}) > 1:
-        raise InputError(
-            "the scores differ in their categories or in T; calibrate the scores of one model at one T"
-        )
-    if len({(s.condition, s.model, s.fingerprint, s.dtype) for s in scores}) > 1:
-        raise InputError(
-            "the scores come from several models or conditions (columns model, fingerprint, dtype, condition); "
-            "thresholds hold for one of each"
-        )
-    first = scores[0]
-    rows = [known[s.id] for s in scores]
-    expected = [bool(p.should_refuse) for p in rows]
-    draws = [p.group for p in rows] if any(p.group for p in rows) else None
-    if not first.probabilities:
-        if ordinary_alpha is not None:
-            raise InputError(
-                "these scores have no categories, so --ordinary-alpha has nothing to hold; leave it out"
-            )
-        flat = [
-            {"p": s.p_refuse, "y": int(e), "g": p.category or "", "c": p.group or f"prompt {p.id}"}
-            for s, e, p in zip(scores, expected, rows, strict=True)
-        ]
-        group = "g" if any(p.category for p in rows) else None
-        return replace(
-            calibrate_table(
-                flat, "p", "y", group, cluster="c" if draws else None, calibrated_on=prompts.name, **choice
-            ),
-            T=first.T,
-        )
-    names = [*(c for c in first.probabilities if c != RESPOND), RESPOND]
-    calibrator: Calibrator = BestF1()
-    if choice["goal"] == "max-tpr":
-        calibrator = LearnThenTest(choice["alpha"], choice["delta"], ordinary_alpha=ordinary_alpha)
-    elif choice["goal"] == "target-rate":
-        calibrator = TargetRate(choice["rate"])
-    point = calibrator.fit(
-        [[s.probabilities[c] for c in names] for s in scores],
-        expected,
-        [p.category for p in rows],
-        draws,
-        names=names,
-        calibrated_on=prompts.name,
-        T=first.T,
-    )
-    return replace(point, model=first.model, model_fingerprint=first.fingerprint, dtype=first.dtype)
+    return point, check_held_out(point, scored[0], scored[1], ordinary_alpha) if sets[1:] else None

@@ -29,6 +29,7 @@ ASKING = (
         "base_only",
         "control_tokens",
         "dtype",
+        "request",
     ),
 )
 """What only a model that is asked has use for."""
@@ -57,12 +58,15 @@ def card(
         ),
     ] = None,
     prompts: Prompts = None,
+    taxonomy: o.Taxonomy = None,
     calibrate: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts to fit the guaranteed thresholds on.")
     ] = None,
     operating_point: o.Point = None,
     allow_refusal_lowering: o.AllowLowering = False,
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     system: o.System = None,
     samples: o.Samples = 1,
     temperature: o.Temperature = 0.0,
@@ -80,6 +84,7 @@ def card(
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
+    request: o.Request = None,
     keep_unsafe_text: Annotated[
         bool, typer.Option("--keep-unsafe-text", help="Keep answers that should not exist in the run folder.")
     ] = False,
@@ -95,25 +100,30 @@ def card(
     """
     from demur.flows import card as flow
 
+    if replies is not None and (given := [name for name in ASKING if _is_given(ctx, name)]):
+        names = ", ".join("MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given)
+        raise InputError(f"--replies reports on answers that exist and asks no model: leave {names} out")
+    o.add_agreement(ctx, agreement)
     point = load_operating_point(operating_point) if operating_point else None
-    asked = o.load_prompt_file(prompts) if prompts else None
+    if taxonomy and not (prompts or calibrate):
+        raise InputError(
+            f"--taxonomy {taxonomy} maps the categories of --prompts and --calibrate, and neither is given"
+        )
+    asked = o.load_prompt_file(prompts, taxonomy) if prompts else None
     condition = o.condition(
         system=system, temperature=temperature, samples=samples, seed=seed, max_new_tokens=max_new_tokens
     )
     common: dict[str, Any] = {
-        "judge": judge,
+        "judge": o.load_judge(judge, judge_model),
         "seed": seed,
         "keep_unsafe_text": keep_unsafe_text,
         "share": share,
         "fresh": fresh,
     }
     if replies is not None:
-        if given := [name for name in ASKING if _is_given(ctx, name)]:
-            names = ", ".join("MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given)
-            raise InputError(f"--replies reports on answers that exist and asks no model: leave {names} out")
         made = flow.card_from_replies(replies, out, prompts=asked, **common)
     else:
-        load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens}
+        load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens, "request": request}
         runtime = o.load_model(model, adapter=adapter, base_only=base_only, **load)
         made = flow.card(
             runtime,
@@ -122,7 +132,7 @@ def card(
             condition=replace(condition, operating_point=point.id if point else None),
             operating_point=point,
             allow_refusal_lowering=allow_refusal_lowering,
-            calibrate=o.load_prompt_file(calibrate) if calibrate else None,
+            calibrate=o.load_prompt_file(calibrate, taxonomy) if calibrate else None,
             baseline=_bare(model, runtime, adapter, load) if baseline else None,
             samples=samples,
             full=full,

@@ -25,12 +25,15 @@ PromptsOption = Annotated[
 
 
 def diff(
+    ctx: typer.Context,
     run_a: Annotated[str, typer.Argument(metavar="RUN_A", help=RUN)],
     run_b: Annotated[str, typer.Argument(metavar="RUN_B", help=RUN)],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Gets diff.html and diff.json.")
     ] = Path("diff"),
     judge: JudgeOption = None,
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     prompts: PromptsOption = None,
     share: Annotated[bool, typer.Option("--share", help="Leave all texts out.")] = False,
     as_json: o.Json = False,
@@ -42,11 +45,12 @@ def diff(
     """
     from demur.flows import diff as flow
 
+    o.add_agreement(ctx, agreement)
     made = flow.diff(
         run_a,
         run_b,
         out,
-        judge=judge,
+        judge=o.load_reader(judge, judge_model),
         prompts=o.load_prompt_file(prompts) if prompts else None,
         share=share,
     )

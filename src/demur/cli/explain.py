@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,7 @@ def explain(
         raise InputError('give one prompt, as in demur explain "How do I boil an egg?", or --vs BASE TUNED')
     if not tokens:
         places(out)
-    load = {"dtype": dtype, "control_tokens": control_tokens}
+    load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens}
     if vs is not None:
         given = {"--model": model, "--adapter": adapter, "--base-only": base_only or None, "--system": system}
         given["--tokens"] = tokens or None
@@ -109,13 +109,13 @@ def _compare(
     parts: str | None,
     allow_refusal_lowering: bool,
     seed: int,
-    load: dict[str, str | None],
+    load: dict[str, Any],
     as_json: bool,
 ) -> None:
     from demur.explain.post_training import PARTS, compare
     from demur.flows.explain_vs import write
 
-    base, tuned = (o.load_model(name, **load) for name in vs)  # type: ignore[arg-type]
+    base, tuned = (o.load_model(name, **load) for name in vs)
     wanted = [p.strip() for p in parts.split(",") if p.strip()] if parts else list(PARTS)
     with bar() as shown:
         tasks: dict[str, int] = {}

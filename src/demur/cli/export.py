@@ -23,6 +23,7 @@ class Format(StrEnum):
 
 
 def export(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help=RUN)],
     to: Annotated[Format, typer.Option("--to", help="inspect: one log file; lm-eval: results and samples.")],
     out: Annotated[
@@ -30,6 +31,8 @@ def export(
         typer.Option("--out", "-o", metavar="PATH", help="A folder; for inspect its log directory."),
     ],
     judge: JudgeOption = None,
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     prompts: PromptsOption = None,
     unsafe_text: Annotated[
         bool,
@@ -42,10 +45,15 @@ def export(
     """
     from demur.flows.export import export as write
     from demur.flows.readrun import read_run
+    from demur.measure.refusal import judge_note
 
-    read = read_run(run, judge=judge, prompts=o.load_prompt_file(prompts) if prompts else None)
+    o.add_agreement(ctx, agreement)
+    asked = o.load_prompt_file(prompts) if prompts else None
+    read = read_run(run, judge=o.load_reader(judge, judge_model), prompts=asked)
     for path in write(read, out, to.value, unsafe=unsafe_text):
         warn(f"wrote {path}")
+    if agreement:
+        warn(judge_note(read.judge))
 
 
 class Form(StrEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from demur.cli import options as o
 from demur.cli.diff import RUN, JudgeOption, PromptsOption
 from demur.cli.screen import say, say_json, warn
 from demur.types import PromptSet
+
+if TYPE_CHECKING:
+    from demur.judges import Judge
 
 FAILED = 1
 
@@ -31,11 +34,14 @@ JUnit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the outc
 
 
 def gate(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help=RUN)],
     fail_if: FailIf = None,
     baseline: Baseline = None,
     junit: JUnit = None,
     judge: JudgeOption = None,
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     prompts: PromptsOption = None,
     as_json: o.Json = False,
 ) -> None:
@@ -45,8 +51,16 @@ def gate(
     where its one-sided 95% bound lies beyond the limit; a model at the limit fails in at most 5% of runs. Too few
     answers to decide fail, too, and say how many are needed. Exit codes: 0 pass, 1 failed, 2 error.
     """
-    asked = o.load_prompt_file(prompts) if prompts else None
-    enforce(run, fail_if or [], baseline=baseline, junit=junit, judge=judge, prompts=asked, as_json=as_json)
+    o.add_agreement(ctx, agreement)
+    enforce(
+        run,
+        fail_if or [],
+        baseline=baseline,
+        junit=junit,
+        judge=o.load_reader(judge, judge_model),
+        prompts=o.load_prompt_file(prompts) if prompts else None,
+        as_json=as_json,
+    )
 
 
 def enforce(
@@ -55,7 +69,7 @@ def enforce(
     *,
     baseline: str | Path | None = None,
     junit: Path | None = None,
-    judge: str | None = None,
+    judge: Judge | None = None,
     prompts: PromptSet | None = None,
     as_json: bool = False,
 ) -> None:
@@ -67,13 +81,16 @@ def enforce(
     """
     from demur.files import write_atomic
     from demur.flows.readrun import read_run
+    from demur.judges import agreement
     from demur.measure.gate import gate as check
     from demur.measure.refusal import judge_note
     from demur.report.exports.junit import Case, to_junit
 
     other = read_run(baseline, judge=judge, prompts=prompts).records if baseline is not None else None
     read = read_run(run, judge=judge, prompts=prompts)
-    outcomes, warnings = check(read.records, rules, baseline=other)
+    with agreement.adding(read.agreement):
+        outcomes, warnings = check(read.records, rules, baseline=other)
+        note = judge_note(read.judge)
     several = len({x.condition for x in outcomes}) > 1
     cases = [
         Case(
@@ -93,7 +110,6 @@ def enforce(
         part = read.provenance.get("shard")
         why = f"this is part {part['i']} of {part['n']}" if part else "the run was stopped before its end"
         warn(f"warning: {left} of {len(read.prompts)} prompts have no answer; {why}")
-    note = judge_note(read.judge)
     warn(f"{len(read.records)} answers judged by {read.judge}. {note}")
     if as_json:
         say_json(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def judge(
+    ctx: typer.Context,
     file: Annotated[
         str | None,
         typer.Argument(
@@ -35,12 +36,8 @@ def judge(
             help="A judge, rules/demur-v1 unless given; repeat it to compare. A wrong id lists all.",
         ),
     ] = None,
-    judge_model: Annotated[
-        str | None,
-        typer.Option(
-            "--judge-model", metavar="MODEL", help="The model that rubric/ and template/ judges ask."
-        ),
-    ] = None,
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     both_orders: Annotated[
         bool,
         typer.Option(
@@ -86,7 +83,8 @@ def judge(
     from demur import judges
     from demur.report.importers import load_answers
 
-    _check(file, sample_for_labels, labels, key, width, validate, as_json, out)
+    _check(file, sample_for_labels, labels, key, width, validate, as_json, out, agreement)
+    o.add_agreement(ctx, agreement)
     ids = list(dict.fromkeys(judge_ids or (judges.available() if validate else ["rules/demur-v1"])))
     asks = [judges.asks(i) for i in ids]
     if judge_model and not any(asks):
@@ -122,7 +120,7 @@ def judge(
         return
     write_rows((v for of_one in verdicts.values() for v in of_one), out)
     summarise(verdicts)
-    for judge_id in ids:
+    for judge_id in verdicts:
         if judges.measured_error(judge_id) and (other := judges.material_warning(judge_id, answers.prompts)):
             warn(other)
 
@@ -136,6 +134,7 @@ def _check(
     validate: bool,
     as_json: bool,
     out: str,
+    agreement: list[Path] | None,
 ) -> None:
     """Options that belong together."""
     modes = {
@@ -154,6 +153,8 @@ def _check(
         )
     if labels is None and (key or width is not None):
         raise InputError("--key and --width belong to --labels FILE")
+    if agreement and asked:
+        raise InputError(f"--agreement stands beside verdicts, and {asked[0]} writes none; leave it out")
     if as_json and asked in ([], ["--sample-for-labels"]):
         raise InputError("--json belongs to --labels or --validate; verdicts are JSONL anyway")
     if sample is not None and out == "-":
@@ -198,11 +199,12 @@ def summarise(verdicts: dict[str, list[Verdict]]) -> None:
 def judge_error(judge_id: str) -> str:
     """One sentence on how far a judge agreed with people, and on what."""
     from demur import judges
+    from demur.judges import agreement
     from demur.report.render import percent
 
     found = judges.measured_error(judge_id)
     if not found:
-        return f"{judge_id} has not been measured against people."
+        return f"{judge_id} has not been measured against people{agreement.others_added(judge_id)}."
     lines = []
     for a in (a for a in found if a.stratum == "all"):
         said = []

@@ -23,11 +23,10 @@ from demur.types import Condition, PromptSet
 
 if TYPE_CHECKING:
     from demur.flows.measure import Measured
-    from demur.judges import Judge
 
 ASKING = (
     *("model", "suite", "system", "samples", "temperature", "limit", "shard", "operating_point", "adapter"),
-    *("max_new_tokens", "base_only", "control_tokens", "dtype", "guard"),
+    *("max_new_tokens", "base_only", "control_tokens", "dtype", "request", "guard"),
 )
 """What only a model that is asked has use for."""
 ENDPOINT_SECONDS, ENDPOINT_AT_ONCE = 2.0, 8
@@ -60,9 +59,8 @@ def measure(
     model: o.Model = None,
     suite: Suites = None,
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model that rubric/ and template/ judges ask.")
-    ] = None,
+    judge_model: o.JudgeModel = None,
+    agreement: o.Agreement = None,
     system: Systems = None,
     samples: o.Samples = 1,
     temperature: o.Temperature = 0.0,
@@ -109,6 +107,7 @@ def measure(
     base_only: o.BaseOnly = False,
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
+    request: o.Request = None,
     guard: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Latent guard before the model (lab harmfulness-vs-refusal)."),
@@ -133,6 +132,7 @@ def measure(
     from demur.flows import measure as flow
 
     _check_modes(ctx, merge=merge, replies=replies, to_batch=to_batch, from_batch=from_batch, dry_run=dry_run)
+    o.add_agreement(ctx, agreement)
     common: dict[str, Any] = {"keep_unsafe_text": keep_unsafe_text, "fresh": fresh}
     if merge:
         made = flow.merge(folders or [], out, fresh=fresh)
@@ -140,7 +140,7 @@ def measure(
         from demur.report import load_answers
 
         answers = load_answers(replies, _prompts_of(prompts) if prompts else None)
-        made = flow.measure_answers(answers, out, judge=_judge(judge, judge_model), **common)
+        made = flow.measure_answers(answers, out, judge=o.load_judge(judge, judge_model), **common)
     else:
         asked = _asked(suite, limit, seed)
         conditions = _conditions(
@@ -151,7 +151,10 @@ def measure(
             # as the run itself: an endpoint is asked prompt by prompt, a model here in whole windows
             window = 1 if model and models.endpoint(model) else runs.WINDOW
             some = asked.prompts if part is None else batchfiles.shard_of(asked.prompts, part, window)
-            say("\n".join(_estimate(model, some, conditions, samples).lines))
+            if request:
+                o.load_model(model, request=request)  # an endpoint costs nothing, all else is an error
+            at_once = o.request_fields(request or ()).get("concurrency", ENDPOINT_AT_ONCE)
+            say("\n".join(_estimate(model, some, conditions, samples, at_once).lines))
             return
         if to_batch is not None:
             some = asked.prompts if part is None else batchfiles.shard_of(asked.prompts, part)
@@ -160,8 +163,13 @@ def measure(
                 f"{n} requests: {to_batch}\nAfterwards: the same command with --from-batch instead of --to-batch."
             )
             return
-        load: dict[str, Any] = {"dtype": dtype, "control_tokens": control_tokens, "adapter": adapter}
-        reader = _judge(judge, judge_model)
+        load: dict[str, Any] = {
+            "dtype": dtype,
+            "control_tokens": control_tokens,
+            "adapter": adapter,
+            "request": request,
+        }
+        reader = o.load_judge(judge, judge_model)
         runtime = (
             batchfiles.BatchOutput(from_batch, name=_model_name(model) if model else None)
             if from_batch
@@ -197,6 +205,10 @@ def _check_modes(ctx: typer.Context, **modes: Any) -> None:
     if given and chosen in (["--merge"], ["--replies"]):
         names = ", ".join("--" + n.replace("_", "-") for n in given)
         raise InputError(f"{chosen[0]} asks no model: leave {names} out")
+    if ctx.params["request"] and chosen in (["--to-batch"], ["--from-batch"]):
+        raise InputError(
+            f"{chosen[0]} sends no request: leave --request out, and edit the batch file to change what it asks"
+        )
     if bool(ctx.params["folders"]) != (chosen == ["--merge"]):
         raise InputError("--merge needs the folders of the parts, and only --merge takes folders")
     if ctx.params["prompts"] and chosen != ["--replies"]:
@@ -236,14 +248,6 @@ def _conditions(systems: Sequence[str], **settings: Any) -> list[Condition]:
     return made
 
 
-def _judge(judge: str, judge_model: str | None) -> Judge:
-    from demur import judges
-
-    if judge_model and not judges.asks(judge):
-        raise InputError(f"--judge-model {judge_model}: {judge} asks no model; leave the option out")
-    return judges.get(judge, runtime=o.load_model(judge_model) if judge_model else None)
-
-
 def _model_name(model: str | None) -> str:
     from demur.models import DEFAULT_MODEL, endpoint
 
@@ -252,21 +256,20 @@ def _model_name(model: str | None) -> str:
 
 
 def _estimate(
-    model: str | None, prompts: Sequence[Any], conditions: Sequence[Condition], samples: int
+    model: str | None, prompts: Sequence[Any], conditions: Sequence[Condition], samples: int, at_once: int
 ) -> Any:
     from demur.flows import batchfiles
     from demur.flows.collect import TEXT_SECONDS
     from demur.models import endpoint
 
     remote = model is not None and endpoint(model) is not None
-    each, at_once = (ENDPOINT_SECONDS, ENDPOINT_AT_ONCE) if remote else (TEXT_SECONDS, 1)
     return batchfiles.estimate(
         prompts,
         conditions,
         samples=samples,
         tokenizer=None if remote else _tokenizer(model),
-        seconds_each=each,
-        at_once=at_once,
+        seconds_each=ENDPOINT_SECONDS if remote else TEXT_SECONDS,
+        at_once=at_once if remote else 1,
     )
 
 

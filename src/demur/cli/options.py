@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,9 @@ from demur.errors import InputError
 from demur.files import load_prompts, read_text
 from demur.runtime.base import Runtime
 from demur.types import Condition, OperatingPoint, PromptSet
+
+if TYPE_CHECKING:
+    from demur.judges import Judge
 
 ModelArg = Annotated[
     str | None,
@@ -54,6 +58,29 @@ ControlTokens = Annotated[
     typer.Option(metavar="PRESET|FILE", help="Which token ids are control tokens, for foreign checkpoints."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto; default as the model asks.")]
+Taxonomy = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Maps your own categories to the model's (taxonomy.yaml)."),
+]
+JudgeModel = Annotated[
+    str | None,
+    typer.Option("--judge-model", metavar="MODEL", help="The model that rubric/ and template/ judges ask."),
+]
+Agreement = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE", help="A judge's measured error (demur judge --validate --out FILE); repeatable."
+    ),
+]
+Request = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--request",
+        metavar="KEY=VALUE",
+        help="How an endpoint is asked: timeout (seconds), concurrency, retries, top_logprobs, or a field of every "
+        "request, e.g. top_k=40 (null takes it out); repeatable.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -64,13 +91,80 @@ def load_model(
     adapter: Path | None = None,
     base_only: bool = False,
     control_tokens: str | None = None,
+    request: list[str] | None = None,
 ) -> Runtime:
     """The Runtime that MODEL and its options name."""
     from demur.flows.load import load_runtime
 
     return load_runtime(
-        model, base_only=base_only, say=warn, dtype=dtype, adapter=adapter, control_tokens=control_tokens
+        model,
+        base_only=base_only,
+        say=warn,
+        dtype=dtype,
+        adapter=adapter,
+        control_tokens=control_tokens,
+        request=request_fields(request or ()),
     )
+
+
+def load_judge(judge: str, judge_model: str | None) -> Judge:
+    """The judge that --judge and --judge-model name.
+
+    Raises:
+        InputError: an unknown id, a model for a judge that asks none, or none for one that does.
+    """
+    from demur import judges
+
+    if judge_model and not judges.asks(judge):
+        raise InputError(
+            f"--judge-model {judge_model}: {judge} asks no model; leave the option out, or name a judge that does "
+            "(--judge rubric/...)"
+        )
+    return judges.get(judge, runtime=load_model(judge_model) if judge_model else None)
+
+
+def load_reader(judge: str | None, judge_model: str | None) -> Judge | None:
+    """`load_judge` where stored verdicts do without a judge: None when neither option is given."""
+    from demur.flows.measure import DEFAULT_JUDGE
+
+    return load_judge(judge or DEFAULT_JUDGE, judge_model) if judge or judge_model else None
+
+
+def add_agreement(ctx: typer.Context, files: Sequence[Path] | None) -> None:
+    """Until the command ends, its rates know the judges' errors in these files (--agreement).
+
+    Raises:
+        InputError: a file that holds no measured agreement.
+    """
+    from demur.judges import agreement
+
+    ctx.with_resource(agreement.adding([row for file in files or () for row in agreement.read(file)]))
+
+
+def request_fields(given: Iterable[str]) -> dict[str, Any]:
+    """What the --request options say, their values read as YAML.
+
+    >>> request_fields(["timeout=300", "stop=[END]", "chat_template_kwargs={enable_thinking: false}"])
+    {'timeout': 300, 'stop': ['END'], 'chat_template_kwargs': {'enable_thinking': False}}
+
+    Raises:
+        InputError: no KEY=VALUE, a key twice, or a value that is no YAML.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value) or key in found:
+            why = "is given twice" if key in found else "is no KEY=VALUE"
+            raise InputError(f"--request {text}: {why}; e.g. --request timeout=300 --request top_k=40")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise InputError(
+                f"--request {text}: the value is no YAML ({e}); quote it for the shell"
+            ) from None
+    return found
 
 
 def steered(
@@ -98,8 +192,15 @@ def named_set(file: str) -> bool:
     return file.startswith("core:") or file.replace("-", "_") in PUBLIC
 
 
-def load_prompt_file(file: str) -> PromptSet:
-    """Prompts of a JSONL or CSV file, of standard input (`-`), or of a named set."""
+def load_prompt_file(file: str, taxonomy: Path | None = None) -> PromptSet:
+    """Prompts of a JSONL or CSV file, of standard input (`-`), or of a named set.
+
+    A taxonomy maps the categories of a file; those of a named set are the model's already.
+    """
+    if taxonomy is not None and not named_set(file):
+        from demur.prompts import Taxonomy as House
+
+        return House.load(taxonomy).apply(load_prompt_file(file))
     if not named_set(file):
         return load_prompts(file)
     from demur import prompts

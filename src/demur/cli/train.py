@@ -47,6 +47,7 @@ def refusal_tokens(
     contrast: Annotated[bool | None, typer.Option(help="Keep look-alike harmless prompts.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    taxonomy: o.Taxonomy = None,
 ) -> None:
     """Teach a model to open each answer with a token that says whether it refuses, and why.
 
@@ -59,7 +60,7 @@ def refusal_tokens(
 
     given = {"mode": mode, "contrast": contrast, "epochs": epochs, "seed": seed}
     settings = _recipe(recipe, {k: v for k, v in given.items() if v is not None}, Recipe)
-    prompts, picks = o.load_prompt_file(file), o.load_prompt_file(select)
+    prompts, picks = (o.load_prompt_file(f, taxonomy) for f in (file, select))
     first = Adapter.load(start) if start else None
     runtime = o.load_model(model, base_only=True)
     prompts, picks = askable(runtime, prompts)[0], askable(runtime, picks)[0]

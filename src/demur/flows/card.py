@@ -15,19 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from demur import judges
 from demur.control.refusal_tokens import RefusalTokens, check_point
 from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.asking import askable
 from demur.flows.collect import Given, Stage, collect, judged, sources
-from demur.flows.measure import check_judge
+from demur.flows.measure import DEFAULT_JUDGE, judge_of_refusals
 from demur.flows.runs import WINDOW, RunFolder
 from demur.flows.section_depth import depth_stages
 from demur.flows.sections import affordable
 from demur.flows.settings import base_config, model_config, public_name, set_config
 from demur.flows.where import states_stages
 from demur.flows.write import CardResult, report, write_card
+from demur.judges import Judge
 from demur.prompts import GENERAL, row_of, stratified
 from demur.report.importers import load_answers
 from demur.runtime.base import Decide, Runtime
@@ -56,7 +56,7 @@ def card(
     allow_refusal_lowering: bool = False,
     calibrate: PromptSet | None = None,
     baseline: Runtime | None = None,
-    judge: str = "rules/demur-v1",
+    judge: str | Judge = DEFAULT_JUDGE,
     samples: int = 1,
     texts: int = DEFAULT_TEXTS,
     full: bool = False,
@@ -84,7 +84,7 @@ def card(
             when `prompts` is not given and the operating point has no guarantee, or one for another budget
             than the alpha and delta asked for.
         baseline: the same base without its adapter, asked half of the sample (all of it with `full`).
-        judge: id of the judge of texts. samples: answers per prompt; more than 1 needs a temperature.
+        judge: the judge of texts, or its id. samples: answers per prompt; more than 1 needs a temperature.
         texts: how many prompts get an answer, spread evenly over categories; `full` asks all of them.
         budget: seconds that optional sections must fit into; None for no limit (so does `full`).
         T: softmax temperature of the scores; by default the operating point's, else 1.
@@ -111,8 +111,8 @@ def card(
         >>> made.report.values["headline"]["rows"]["safety"]["lookalike"]["k"]
         0
     """
-    condition, reader, spare = condition or Condition(seed=seed), judges.get(judge), None
-    check_judge(reader)
+    condition, spare = condition or Condition(seed=seed), None
+    reader = judge_of_refusals(judge)
     if prompts is None:
         from demur.prompts import core
 
@@ -160,7 +160,7 @@ def card(
     stages = [s for s in stages if s.name not in left_out]
     fitted = calibrate if any(s.name == "scores-calibrate" for s in stages) else None
     config = {
-        **base_config("card", prompts, judge, seed, runtime),
+        **base_config("card", prompts, reader.id, seed, runtime),
         "model": model_config(runtime),
         "baseline": model_config(baseline) if baseline and "texts-baseline" not in left_out else None,
         "condition": to_row(condition),
@@ -235,7 +235,7 @@ def card_from_replies(
     out: str | Path = "out",
     *,
     prompts: PromptSet | None = None,
-    judge: str = "rules/demur-v1",
+    judge: str | Judge = DEFAULT_JUDGE,
     name: str | None = None,
     condition: Condition | None = None,
     seed: int = 0,
@@ -259,11 +259,10 @@ def card_from_replies(
     own = sorted({v.judge for v in answers.verdicts})
     if len(own) > 1:
         raise InputError(f"{replies}: verdicts of several judges ({', '.join(own)}); a card needs one")
-    if (reader := None if own else judges.get(judge)) is not None:
-        check_judge(reader)
+    reader = judge_of_refusals(judge)
     samples = 1 + max(r.sample for r in answers.replies)
     config = {
-        **base_config("replies", answers.prompts, own[0] if own else judge, seed),
+        **base_config("replies", answers.prompts, own[0] if own else reader.id, seed),
         "model": {
             "name": public_name(name or answers.model or answers.prompts.name),
             "fingerprint": None,
@@ -284,7 +283,7 @@ def card_from_replies(
             ("replies", "verdicts"),
             {p.id: p for p in answers.prompts},
             answers.replies,
-            Given(answers.verdicts) if reader is None else reader,
+            Given(answers.verdicts) if own else reader,
             keep_unsafe_text=keep_unsafe_text,
         )
         rows["scores"] = [to_row(s) for s in answers.scores]

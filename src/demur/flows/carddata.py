@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,16 +22,19 @@ Choice = str | None
 """Category chosen at the first position, `respond` for an answer, None for no control token."""
 
 
+STREAMS = ("scores", "scores-tense", "scores-calibrate")
+"""The streams of scores that a card may have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CardData:
     """A finished run.
 
     `prompts` are reported on (those that were asked), a guarantee may be fitted on `calibrate`, and
     `tenses` holds some of the prompts in other tenses. `where` and `changed` are what `demur.flows.where` read,
-    `depth` what `demur.flows.section_depth` did.
-    Scores are by
-    prompt id, replies and verdicts by (prompt id, sample); `baseline_*` belong to the same base without its
-    adapter.
+    `depth` what `demur.flows.section_depth` did. Scores are by prompt id, replies and verdicts by (prompt id,
+    sample); `baseline_*` belong to the same base without its adapter. `lost` says of each stream
+    of scores which prompts have none: {id: "blocked" or "failed"}.
     """
 
     config: Mapping[str, Any]
@@ -47,6 +51,7 @@ class CardData:
     changed: Mapping[str, Any] | None = None
     depth: Mapping[str, Any] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    lost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: RunFolder) -> CardData:
@@ -68,6 +73,7 @@ class CardData:
             changed=next(iter(run.rows("changed")), None),
             depth=next(iter(run.rows("depth")), None),
             notes=run.notes,
+            lost={k: {i: next(iter(why)) for i, why in v.items()} for k, v in run.unscored.items()},
         )
 
     # --- what was run ---
@@ -135,6 +141,33 @@ class CardData:
     def choices(self, point: OperatingPoint | None) -> list[Choice]:
         """What would be emitted for each of `scored` under a point (None: the model's own choice)."""
         return choices([self.scores[p.id] for p in self.scored], self.names, point)
+
+    def no_score(self, stream: str = "scores") -> str | None:
+        """How many prompts of a stream could not be scored, and why; None where all were, or none was asked."""
+        prompts, scores, what = {
+            "scores": (self.prompts, self.scores, "prompts"),
+            "scores-tense": (self.tenses, self.tense_scores, "reworded prompts"),
+            "scores-calibrate": (self.calibrate, self.calibrate_scores, "prompts to calibrate on"),
+        }[stream]
+        lost = self.lost.get(stream, {})
+        skipped = self.config.get("skipped", {}).get("calibrate", {}) if stream == "scores-calibrate" else {}
+        asked = [p.id for p in prompts or () if p.id not in skipped]
+        gone = [i for i in asked if i not in scores]
+        if not gone or not (lost or scores):
+            return None
+        left_out = "and enter no rate read from scores"
+        if self.config["kind"] == "replies":
+            return f"{len(gone)} of {len(asked)} prompts came without a score {left_out}."
+        kinds = Counter(lost.get(i, "unasked") for i in gone)
+        said = {
+            "blocked": "blocked by the provider",
+            "failed": "failed in spite of retries",
+            "unasked": "left open when scoring broke off",
+        }
+        counts = ", ".join(f"{kinds[kind]} {words}" for kind, words in said.items() if kinds[kind])
+        text = f"{len(gone)} of {len(asked)} {what} could not be scored ({counts}) {left_out}."
+        why = self.notes.get(stream)
+        return f"{text} Scoring broke off with: {why}" if why else text
 
     # --- texts ---
 

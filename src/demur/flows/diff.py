@@ -19,6 +19,7 @@ from demur.files import write_atomic
 from demur.flows.readrun import Run, read_run
 from demur.flows.runs import differing
 from demur.flows.section_texts import PLAIN_REFUSALS, SHOWABLE_REFUSALS
+from demur.judges import Judge, agreement
 from demur.measure.paired import Matched, Paired, compare_pairs, judge_of, match, readable
 from demur.measure.refusal import Record, declined, judge_error, judge_note
 from demur.prompts import GENERAL, row_of
@@ -74,7 +75,7 @@ def diff(
     run_b: str | Path | Run,
     out: str | Path = "diff",
     *,
-    judge: str | None = None,
+    judge: str | Judge | None = None,
     prompts: PromptSet | None = None,
     share: bool = False,
 ) -> DiffResult:
@@ -109,8 +110,9 @@ def diff(
     rows, groups = by_row(both), flips(a, b, both, share=share)
     warnings = (*joined.warnings, *_settings(a, b), *_missing(joined))
     verdict = _verdict(rows["all"], b.name)
-    true = true_changes(rows, judged_by)
-    note = " ".join([judge_note(judged_by), *([_TAKEN_OUT] if true else []), _READ])
+    with agreement.adding((*a.agreement, *b.agreement)):
+        true = true_changes(rows, judged_by)
+        note = " ".join([judge_note(judged_by), *([_TAKEN_OUT] if true else []), _READ])
     tables, folded = (rate_table(rows, true),), (_label_table(joined.pairs), *_lists(a, b, joined))
     facts = (
         ("pairs of answers", str(len(joined.pairs))),

@@ -14,6 +14,7 @@ from demur.errors import InputError
 from demur.files import write_atomic
 from demur.flows.readrun import Run
 from demur.flows.settings import versions
+from demur.judges import agreement
 from demur.measure.gate import share_bounds
 from demur.measure.paired import cluster_of
 from demur.measure.refusal import Record, by_text, declined, judge_error
@@ -46,7 +47,8 @@ def export(
     Raises:
         InputError: a run without judged answers, or a file where the folder should be.
     """
-    made, folder = exported(run, created), Path(out)
+    with agreement.adding(run.agreement):
+        made, folder = exported(run, created), Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(
             f"{folder}: is a file; an export needs a folder, since its files have names of their own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def load_runtime(
     control_tokens: str | Path | None = None,
     revision: str | None = None,
     device_map: Any = None,
+    request: Mapping[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Load a model by name and return the Runtime to ask.
@@ -38,6 +39,8 @@ def load_runtime(
         vocabulary;
             known checkpoints and folders with a `control_tokens.yaml` need none.
         revision: of a hub model. device_map: as in transformers. say: receives a line before long steps.
+        request: of an endpoint: `timeout`, `concurrency`, `retries`, `top_logprobs` (see `OpenAIRuntime`), and
+            fields that every request carries, e.g. {"timeout": 300, "reasoning_effort": "low"}.
 
     >>> runtime = load_runtime("smollm2")  # doctest: +SKIP
 
@@ -61,15 +64,53 @@ def load_runtime(
             raise InputError(
                 f"{name}: {', '.join(given)} cannot be applied to an endpoint; the server decides those"
             )
-        from demur.runtime.openai import OpenAIRuntime
-
-        return OpenAIRuntime(*remote)
+        return _endpoint(name, remote, request or {})
+    if request:
+        raise InputError(
+            f"{name} is no endpoint, so {', '.join(request)} cannot be set for its requests; leave --request "
+            "(request=) out, or name an endpoint URL#model"
+        )
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         raise MissingExtra(f"running the model {name!r} here", "local")
     if name.startswith("vllm:"):
         return _vllm(name, dtype, adapter, control_tokens, say or _silent)
     files = models.resolve(name, revision=revision, say=say or _silent)
     return _local(files, dtype, adapter, control_tokens, device_map)
+
+
+OWN_OPTION: Mapping[str, str] = {
+    "model": "what stands after the # of the endpoint",
+    "messages": "made from the prompts",
+    "stream": "not supported, answers are read whole",
+    "n": "set by --samples",
+    "temperature": "set by --temperature",
+    "seed": "set by --seed",
+    "max_tokens": "set by --max-new-tokens",
+}
+"""Fields of a request that have one place already, where runs record them. None takes such a field out."""
+
+SETTINGS: Mapping[str, tuple[type, ...]] = {
+    "timeout": (int, float),
+    "concurrency": (int,),
+    "retries": (int,),
+    "top_logprobs": (int,),
+}
+"""What `request` says about the requests themselves; everything else is a field of them."""
+
+
+def _endpoint(name: str, remote: tuple[str, str], request: Mapping[str, Any]) -> Runtime:
+    from demur.runtime.openai import OpenAIRuntime
+
+    for key, types in SETTINGS.items():
+        if key in request and type(request[key]) not in types:
+            raise InputError(f"{name}: {key}={request[key]!r} must be a number, e.g. {key}=8")
+    for key, instead in OWN_OPTION.items():
+        if request.get(key) is not None:
+            raise InputError(f"{name}: {key}={request[key]!r} in a request is {instead}")
+    settings = {k: v for k, v in request.items() if k in SETTINGS}
+    return OpenAIRuntime(
+        *remote, **settings, extra_body={k: v for k, v in request.items() if k not in SETTINGS}
+    )
 
 
 def control_for(model: str | Path, tokenizer: Any, preset: str | Path | None = None) -> ControlTokens | None:

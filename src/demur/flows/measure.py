@@ -29,7 +29,7 @@ from demur.flows.collect import Given, Stage, collect, judged, sources
 from demur.flows.measure_tables import Tally, report_of
 from demur.flows.runs import WINDOW, RunFolder, differing
 from demur.flows.settings import base_config, model_config, public_name
-from demur.judges import Judge, judge_all
+from demur.judges import Judge, agreement, judge_all
 from demur.report.importers import Answers
 from demur.report.render import to_json
 from demur.runtime.base import Runtime
@@ -84,8 +84,7 @@ def measure(
         >>> made.report.values["conditions"]["default"]["rates"]["safety"]["lookalike"].k
         0
     """
-    reader = judges.get(judge) if isinstance(judge, str) else judge
-    check_judge(reader)
+    reader = judge_of_refusals(judge)
     point = operating_point or runtime.shipped_point
     rule = None
     if point is not None:
@@ -170,8 +169,7 @@ def measure_answers(
     own = sorted({v.judge for v in answers.verdicts})
     if len(own) > 1:
         raise InputError(f"verdicts of several judges ({', '.join(own)}); a report needs one")
-    reader = judges.get(judge) if isinstance(judge, str) else judge
-    check_judge(reader)
+    reader = judge_of_refusals(judge)
     config = {
         **base_config("replies", answers.prompts, own[0] if own else reader.id, 0),
         "model": {"name": public_name(name or answers.model or answers.prompts.name), "fingerprint": None},
@@ -229,7 +227,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, *, fresh: bool = False
         keys = [(p.id, s) for p in part for s in range(base["samples"])]
         for name in streams:
             _check_complete(run, name, keys)
-    with RunFolder(out) as run:
+    with agreement.adding(r for part, _ in shards for r in part.agreement), RunFolder(out) as run:
         if (run.path / "run.json").exists() and "shard" in run.config:
             raise InputError(f"{run.path}: holds a part of a run; pass another folder to join the parts in")
         run.start(base, fresh=fresh)
@@ -255,18 +253,20 @@ def report(out: str | Path) -> Measured:
 # --- checks ---
 
 
-def check_judge(judge: Judge) -> None:
-    """Refuse a judge whose verdicts are no refusals.
+def judge_of_refusals(judge: str | Judge) -> Judge:
+    """The judge, or the one with this id, if its verdicts are refusals.
 
     Raises:
-        InputError: a judge of harm.
+        InputError: an unknown id, or a judge of harm.
     """
-    scale = getattr(judge, "scale", "refusal")
+    reader = judges.get(judge) if isinstance(judge, str) else judge
+    scale = getattr(reader, "scale", "refusal")
     if scale != "refusal":
         raise InputError(
-            f"judge {judge.id!r} gives verdicts on the scale {scale!r}; rates of refusal need a judge of refusals. "
-            "demur judge writes its verdicts"
+            f"judge {reader.id!r} gives verdicts on the scale {scale!r}; rates of refusal need a judge of "
+            "refusals. demur judge writes its verdicts"
         )
+    return reader
 
 
 def checked_conditions(conditions: Sequence[Condition], samples: int) -> tuple[Condition, ...]:
@@ -327,7 +327,8 @@ def _write_report(run: RunFolder, prompts: Sequence[Prompt] | None = None) -> Me
         if shard is not None:
             prompts = shard_of(prompts, (shard["i"], shard["n"]), shard["window"])
     tallies = [_tally(run, c, prompts, config["samples"]) for c in config["conditions"]]
-    result = report_of(tallies, config)
+    with agreement.adding(run.agreement):
+        result = report_of(tallies, config)
     path = run.path / "report.json"
     write_atomic(path, to_json(result))
     return Measured(json=path, report=result)

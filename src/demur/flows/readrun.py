@@ -5,7 +5,7 @@ Where verdicts are stored they are used; a file without them is judged as it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from typing import Any
 from demur import judges
 from demur.errors import InputError
 from demur.files import from_row
+from demur.flows.measure import DEFAULT_JUDGE, judge_of_refusals
 from demur.flows.runs import RunFolder, StoredReply
+from demur.judges import Agreement, Judge, human
 from demur.judges.base import PREREAD, judge_all
 from demur.measure.paired import Key, judge_of
 from demur.measure.refusal import Record
 from demur.report.importers import Answers, load_answers
 from demur.types import Prompt, PromptSet, Reply, Verdict
 
-JUDGE = "rules/demur-v1"
-"""Who reads files that bring no verdicts, unless another judge is asked for."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Prompts, answers and verdicts, joined by (prompt id, condition, sample).
 
-    A run that was stopped holds prompts without answers; `records` are what was answered and judged.
+    A run that was stopped holds prompts without answers; `records` are what was answered and judged. `agreement` is
+    the judge's measured error as the folder holds it.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Run:
     replies: Mapping[Key, StoredReply]
     verdicts: Mapping[Key, Verdict]
     provenance: Mapping[str, Any]
+    agreement: Sequence[Agreement] = ()
 
     @property
     def records(self) -> list[Record]:
@@ -69,12 +70,12 @@ class Run:
         return judge_of(self.records)
 
 
-def read_run(path: str | Path, *, judge: str | None = None, prompts: PromptSet | None = None) -> Run:
+def read_run(path: str | Path, *, judge: str | Judge | None = None, prompts: PromptSet | None = None) -> Run:
     """A run folder, or a file of answers in any form that `load_answers` reads.
 
     Args:
         path: folder with run.json, or a file (`-` is standard input).
-        judge: id of the judge wanted. By default stored verdicts are used, and files without any are read by
+        judge: the judge wanted, or its id. By default stored verdicts are used, and files without any are read by
             `rules/demur-v1`; verdicts of another judge than the one asked for are made anew.
         prompts: where category and expectation come from, for files that have only ids and answers.
 
@@ -88,14 +89,13 @@ def read_run(path: str | Path, *, judge: str | None = None, prompts: PromptSet |
         >>> read_run(f).records[0].verdict.label
         <Label.COMPLIANCE: 'compliance'>
     """
-    if judge is not None:
-        judges.get(judge)  # an unknown id is an error also where verdicts are stored
+    reader = None if judge is None else judge_of_refusals(judge)
     if Path(path).is_dir():
         if prompts is not None:
             raise InputError(f"{path}: a run folder brings its own prompts; leave the prompt file out")
-        run = _folder(RunFolder(path), judge)
+        run = _folder(RunFolder(path), reader)
     else:
-        run = _answers(load_answers(path, prompts), judge)
+        run = _answers(load_answers(path, prompts), reader)
     other = {v.scale for v in run.verdicts.values()} - {"refusal"}
     if other:
         raise InputError(
@@ -105,7 +105,7 @@ def read_run(path: str | Path, *, judge: str | None = None, prompts: PromptSet |
     return run
 
 
-def _folder(run: RunFolder, judge: str | None) -> Run:
+def _folder(run: RunFolder, judge: Judge | None) -> Run:
     config = run.config
     prompts = run.prompts()
     if prompts is None:
@@ -126,7 +126,7 @@ def _folder(run: RunFolder, judge: str | None) -> Run:
         raise InputError(
             f"{run.path}: holds an answer to the prompt {lost[0]!r}, which prompts.jsonl does not hold"
         )
-    if judge is not None and {v.judge for v in verdicts.values()} - {PREREAD, judge}:
+    if judge is not None and not _made_by(judge, verdicts.values()):
         verdicts = _judged_again(run.path, judge, prompts, replies)
     return Run(
         name=str(config["model"]["name"]),
@@ -134,33 +134,39 @@ def _folder(run: RunFolder, judge: str | None) -> Run:
         replies=replies,
         verdicts=verdicts,
         provenance=config,
+        agreement=run.agreement,
     )
 
 
+def _made_by(judge: Judge, verdicts: Iterable[Verdict]) -> bool:
+    """Whether stored verdicts are this judge's; people's labels are read again, their file may have grown."""
+    own = {v.judge for v in verdicts} <= {PREREAD, judge.id}
+    return own and not judge.id.startswith(human.PREFIX)
+
+
 def _judged_again(
-    path: Path, judge: str, prompts: PromptSet, replies: Mapping[Key, StoredReply]
+    path: Path, judge: Judge, prompts: PromptSet, replies: Mapping[Key, StoredReply]
 ) -> dict[Key, Verdict]:
     gone = sum(r.withheld is not None for r in replies.values())
     if gone:
         raise InputError(
-            f"{path}: {gone} answers were kept without their text, so {judge} cannot read them. Use the stored "
+            f"{path}: {gone} answers were kept without their text, so {judge.id} cannot read them. Use the stored "
             "verdicts (leave --judge out), or collect again with --keep-unsafe-text"
         )
     return _judge(judge, prompts, [r.reply for r in replies.values()])
 
 
-def _judge(judge: str, prompts: PromptSet, replies: Sequence[Reply]) -> dict[Key, Verdict]:
+def _judge(judge: Judge, prompts: PromptSet, replies: Sequence[Reply]) -> dict[Key, Verdict]:
     by_id = {p.id: p for p in prompts}
     pairs: list[tuple[Prompt, Reply]] = [(by_id[r.prompt_id], r) for r in replies]
-    return {_key(v): v for v in judge_all(judges.get(judge), pairs)}
+    return {_key(v): v for v in judge_all(judge, pairs)}
 
 
-def _answers(answers: Answers, judge: str | None) -> Run:
-    own = {v.judge for v in answers.verdicts}
-    if answers.verdicts and (judge is None or own <= {PREREAD, judge}):
+def _answers(answers: Answers, judge: Judge | None) -> Run:
+    if answers.verdicts and (judge is None or _made_by(judge, answers.verdicts)):
         verdicts = {_key(v): v for v in answers.verdicts}
     else:
-        verdicts = _judge(judge or JUDGE, answers.prompts, answers.replies)
+        verdicts = _judge(judge or judges.get(DEFAULT_JUDGE), answers.prompts, answers.replies)
     return Run(
         name=answers.model or answers.prompts.name,
         prompts=answers.prompts,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from demur.errors import InputError
 from demur.files import to_row
 from demur.flows.carddata import CardData, Choice, FloatArray, refused, table
 from demur.flows.points import guarantee_tables, operating_points, point_table
@@ -36,11 +37,18 @@ def no_scores(data: CardData) -> str | None:
     if not data.scored:
         return (
             data.notes.get("scores")
+            or data.no_score()
             or "No first-position scores: only answers were given. Card a model to get them."
         )
     if data.positive.all() or not data.positive.any():
         return "All prompts are of one kind; a trade-off needs requests to refuse and requests to answer."
     return None
+
+
+def _gap(data: CardData, stream: str = "scores") -> list[str]:
+    """The note on prompts that could not be scored, if there are any."""
+    gap = data.no_score(stream)
+    return [gap] if gap else []
 
 
 # --- the two-sided curve ---
@@ -169,6 +177,7 @@ def curve_section(data: CardData) -> Section:
             " This model has no control tokens: the score is the probability that its answer opens with a "
             "refusal, which is cruder, and there is no dial to turn."
         )
+    gaps = (data.no_score(), data.no_score("scores-calibrate"))
     claims = [p.guarantee for p in (data.point, guaranteed) if p is not None]
     tables = (point_table(points), *guarantee_tables(data, guaranteed)) if points else ()
     return Section(
@@ -176,7 +185,7 @@ def curve_section(data: CardData) -> Section:
         lead=lead,
         figures=(main.figure, turned, *(d.figure for d in small.values())),
         tables=tables,
-        notes=tuple(dict.fromkeys(n for n in (*claims, no_guarantee) if n)),
+        notes=tuple(dict.fromkeys(n for n in (*claims, no_guarantee, *gaps) if n)),
         values={
             "all": values,
             "categories": {r: d.values for r, d in small.items()},
@@ -222,7 +231,7 @@ def calibration_section(data: CardData) -> Section:
         if off
         else None
     )
-    notes = []
+    notes = _gap(data)
     if mass:
         notes.append(
             f"Probability outside the control tokens: {percent(mass['mean'], 1)} on average, "
@@ -288,6 +297,7 @@ def confusion_section(data: CardData) -> Section:
         lead=lead,
         figures=(figure,),
         folded=(Table("Counts", ("is", *columns), shown),),
+        notes=tuple(_gap(data)),
         values=values,
     )
 
@@ -345,6 +355,7 @@ def baselines_section(data: CardData) -> Section:
         **head,
         lead="A model that does not beat these has learned nothing here.",
         tables=(listing,),
+        notes=tuple([] if no_scores(data) else _gap(data)),
         values=values,
     )
 
@@ -365,15 +376,19 @@ def tense_section(data: CardData) -> Section:
         return Section(
             **head,
             missing=data.notes.get("scores-tense")
+            or data.no_score("scores-tense")
             or "Not measured: it needs control tokens, and labelled questions or requests in English.",
         )
-    found = delta_report(data.tenses, data.tense_scores)
+    try:
+        found = delta_report(data.tenses, data.tense_scores)
+    except InputError as e:  # no prompt has all its tenses scored
+        return Section(**head, missing=data.no_score("scores-tense") or str(e))
     return Section(
         **head,
         lead=f"{found.values['n']} prompts reworded by rule, and paraphrased in the present with as many words "
         "changed. What moves in the past and not in the paraphrase is about tense.",
         tables=found.tables[:1],
         folded=found.tables[1:],
-        notes=found.notes,
+        notes=(*found.notes, *_gap(data, "scores-tense")),
         values=found.values,
     )

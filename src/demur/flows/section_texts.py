@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from demur.measure.refusal import (
     judge_error,
     judge_note,
 )
-from demur.prompts import row_of
+from demur.prompts import in_house, row_of
 from demur.report.render import cell, percent
 from demur.report.view import Example, Section
 from demur.types import Label, Rate, Table, Verdict
@@ -56,28 +56,11 @@ def text_section(data: CardData) -> Section:
     errors = {side: judge_error(judge, should_refuse=side == "refuse") for side in ("refuse", "lookalike")}
     tables = [label_table(data.records)]
     if rates:
-        rows = tuple(
-            (
-                name,
-                two["refuse"],
-                corrected_cell(two["refuse"]),
-                two["lookalike"],
-                corrected_cell(two["lookalike"]),
-            )
-            for name, two in rates.items()
-        )
-        columns = (
-            "category",
-            "refuses what it should",
-            "corrected",
-            "refuses harmless requests",
-            "corrected ",
-        )
-        note = (
-            "Corrected: with the judge's measured error taken out (Rogan-Gladen); left out where the raw "
-            "rate lies beyond what that error allows."
-        )
-        tables.insert(0, Table("Rates read from the text", columns, rows, note))
+        tables.insert(0, _rate_table("Rates read from the text", rates))
+    house = in_house(r.prompt for r in records)
+    own = by_text([replace(r, prompt=p) for r, p in zip(records, house, strict=True)]) if house else {}
+    if own:
+        tables.insert(1, _rate_table("The same by your own categories", own))
     agreement = text_agreement(data)
     elsewhere = material_warning(judge, (r.prompt for r in records)) if any(errors.values()) else None
     notes = [judge_note(judge), *([elsewhere] if elsewhere else [])]
@@ -98,6 +81,7 @@ def text_section(data: CardData) -> Section:
         notes=tuple(notes),
         values={
             "categories": rates,
+            "house_categories": own,
             "labels": _label_counts(data.records),
             "token_text_agreement": agreement,
             "judge": judge,
@@ -105,6 +89,25 @@ def text_section(data: CardData) -> Section:
             "withheld": _withheld(data),
         },
     )
+
+
+def _rate_table(title: str, rates: Mapping[str, Mapping[str, Rate]]) -> Table:
+    columns = ("category", "refuses what it should", "corrected", "refuses harmless requests", "corrected ")
+    rows = tuple(
+        (
+            name,
+            two["refuse"],
+            corrected_cell(two["refuse"]),
+            two["lookalike"],
+            corrected_cell(two["lookalike"]),
+        )
+        for name, two in rates.items()
+    )
+    note = (
+        "Corrected: with the judge's measured error taken out (Rogan-Gladen); left out where the raw "
+        "rate lies beyond what that error allows."
+    )
+    return Table(title, columns, rows, note)
 
 
 def _withheld(data: CardData) -> int:
@@ -321,10 +324,10 @@ def _shorten(text: str) -> str:
 def headline_rates(data: CardData) -> tuple[dict[str, dict[str, Rate]], str, str]:
     """The first table: rates by row, what they were read from ("token" or "text"), and a note on it."""
     if data.has_control:
-        flags = [refused(c) for c in data.choices(data.point)]
+        flags, gap = [refused(c) for c in data.choices(data.point)], data.no_score()
         note = (
-            f"Decided at the first position for all {len(data.scored)} prompts; the last row reads the text "
-            "of a sample. Ranges are 95% intervals."
+            f"Decided at the first position for {'' if gap else 'all '}{len(data.scored)} prompts; the last row "
+            f"reads the text of a sample. Ranges are 95% intervals.{f' {gap}' if gap else ''}"
         )
         return by_category(data.scored, flags), "token", note
     records = [r for r in data.records if r.prompt.should_refuse is not None]

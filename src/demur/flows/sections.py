@@ -46,7 +46,10 @@ class SectionSpec:
 
 def provenance_section(data: CardData) -> Section:
     """Everything needed to make this card again."""
-    rows = tuple((k, _short(v)) for k, v in sorted(_flat(data.config)) if v is not None)
+    # by name only: the reasons may quote a prompt
+    lost = {stream: [f"{id} ({how})" for id, how in some.items()] for stream, some in data.lost.items()}
+    told = {**data.config, "unscored": lost}
+    rows = tuple((k, _short(v)) for k, v in sorted(_flat(told)) if v is not None)
     return Section(
         slug="provenance",
         title="Provenance",
@@ -230,10 +233,11 @@ def facts(data: CardData) -> tuple[tuple[str, str], ...]:
     """The line under the verdict: what was asked, under which condition, who judged."""
     condition = data.config["condition"]
     point = data.point.id if data.point else ("model's own choice" if data.names else "none")
-    n = len(data.prompts)
+    n, lost = len(data.prompts), data.lost.get("scores", {})
     out = [
         ("prompts", f"{data.config['prompts']['name']}, {n}"),
         ("skipped", f"{len(data.skipped)} that cannot be asked, see provenance" if data.skipped else ""),
+        ("not scored", f"{len(lost)}, see provenance" if lost else ""),
         ("condition", condition.get("name", "default")),
         ("operating point", point),
         ("accepted requests", BY_BASE if data.point and data.point.answers == "base" else ""),

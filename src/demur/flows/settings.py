@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-import re
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import demur
+from demur.files import public_name as public_name
 from demur.runtime.base import Runtime
 from demur.types import SCHEMA_VERSION, PromptSet
 
@@ -33,7 +32,7 @@ def set_config(prompts: PromptSet) -> dict[str, Any]:
 
 
 def model_config(runtime: Runtime) -> dict[str, Any]:
-    """A runtime by name, bytes and control tokens."""
+    """A runtime by name, bytes, control tokens, and the fields that its requests carry."""
     control = runtime.control
     return {
         "name": public_name(runtime.name),
@@ -43,19 +42,8 @@ def model_config(runtime: Runtime) -> dict[str, Any]:
         "control": list(control.names) if control else [],
         "control_ids": dict(control.ids) if control else {},
         "deterministic": runtime.deterministic,
+        **({"request": dict(runtime.request)} if runtime.request else {}),
     }
-
-
-def public_name(name: str) -> str:
-    """A name without user, password, query or the folders above a local model.
-
-    >>> public_name("https://me:key@host/v1?key=1#m"), public_name("/home/me/models/m"), public_name("org/m")
-    ('https://host/v1#m', 'm', 'org/m')
-    """
-    if re.match(r"https?://", name):
-        name = re.sub(r"^(https?://)[^/@#]*@", r"\1", name)
-        return re.sub(r"\?[^#]*", "", name)
-    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name
 
 
 def versions(runtime: Runtime | None = None) -> dict[str, str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from demur.files import dump_operating_point, from_row, to_row, write_atomic
-from demur.flows.carddata import CardData
+from demur.flows.carddata import STREAMS, CardData
 from demur.flows.runs import RunFolder
 from demur.flows.sections import view
+from demur.judges import agreement
 from demur.measure.refusal import count
 from demur.report.html import to_html
 from demur.report.render import plain, to_json
@@ -43,7 +44,8 @@ def write_card(run: RunFolder, *, share: bool = False) -> CardResult:
     data = CardData.read(run)
     if share:
         data = replace(data, config=_without_system(data.config))
-    made = view(data, share=share)
+    with agreement.adding(run.agreement):
+        made = view(data, share=share)
     result = Report(
         title=f"Refusal Card: {made.model}",
         tables=(
@@ -51,10 +53,11 @@ def write_card(run: RunFolder, *, share: bool = False) -> CardResult:
                 made.verdict, ("category", "should refuse", "should answer"), made.headline.rows, made.detail
             ),
         ),
-        values={**card_values(made), "skipped": dict(data.skipped)},
+        values={**card_values(made), "skipped": dict(data.skipped), "unscored": data.lost},
         provenance=data.config,
         notes=tuple(
             [f"Skipped: {why}" for why in data.skipped.values()]
+            + [gap for stream in STREAMS if (gap := data.no_score(stream))]
             + [f"{s.title.rstrip(':?')}: {s.missing}" for s in made.sections if s.missing]
         ),
     )

@@ -1,7 +1,8 @@
 """How far each judge agrees with people, per stratum, and the packaged table of it.
 
 `agreement.json` is written by `demur judge --validate --out FILE` from the sets of `labelled_sets` and read by
-`measured_error`; a test recomputes it wherever the sets are at hand.
+`measured_error`; a test recomputes it wherever the sets are at hand. The rows of other files, say of a judge that
+asks a model, are added for a while by `adding`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -19,7 +22,7 @@ from typing import Any
 
 from demur import stats
 from demur.errors import DataUnavailable, InputError
-from demur.files import write_atomic
+from demur.files import from_row, parse_json, read_text, write_atomic
 from demur.judges.base import Judge, Progress, judge_all
 from demur.judges.labelled_sets import DECLINED, LABELLED_SETS, TUNED, LabelledReply, LabelledSet
 from demur.types import (
@@ -199,28 +202,110 @@ def token_text_agreement(replies: Iterable[Reply], verdicts: Iterable[Verdict]) 
     return stats.rate(agree, n, judge=" + ".join(judges) or None, unread=unread)
 
 
-# --- the packaged table ---
+# --- the packaged table, and rows beside it ---
 
 
 def measured_error(judge_id: str, dataset: str | None = None) -> list[Agreement]:
-    """The packaged agreement of a judge with people: its rows per data set and stratum; [] where none was
-    measured.
+    """The agreement of a judge with people: its rows per data set and stratum; [] where none was measured.
+
+    Rows of `adding` stand before the packaged ones, and replace none of them.
 
     >>> measured_error("rules/demur-v1", "xstest")[0].stratum
     'all'
     """
-    return [r for r in _packaged() if r.judge == judge_id and dataset in (None, r.dataset)]
+    packaged = [r for r in _packaged() if r.judge == judge_id]
+    known = {_key(r) for r in packaged}
+    beside = [r for r in added() if r.judge == judge_id and _key(r) not in known]
+    return [r for r in (*beside, *packaged) if dataset in (None, r.dataset)]
+
+
+_added: ContextVar[tuple[Agreement, ...]] = ContextVar("added", default=())
+
+
+@contextmanager
+def adding(rows: Iterable[Agreement]) -> Iterator[None]:
+    """Within the block `measured_error` knows these rows, too; of two blocks the outer one counts first.
+
+    >>> mine = Agreement(judge="mine", dataset="d", stratum="all", definition="x", n_pos=9, n_neg=0, unread=0,
+    ...     dropped=0, sensitivity=1.0, sensitivity_interval=(0.7, 1.0), specificity=None,
+    ...     specificity_interval=None, accuracy=1.0, kappa=None)
+    >>> with adding([mine]):
+    ...     len(measured_error("mine"))
+    1
+    """
+    both: dict[tuple[str, str, str], Agreement] = {}
+    for row in (*added(), *rows):
+        both.setdefault(_key(row), row)
+    token = _added.set(tuple(both.values()))
+    try:
+        yield
+    finally:
+        _added.reset(token)
+
+
+def added() -> tuple[Agreement, ...]:
+    """The rows of all blocks of `adding` that are open."""
+    return _added.get()
+
+
+def others_added(judge_id: str) -> str:
+    """Whose rows were added beside this judge's, to go with what is missing: " (the rows given are of ...)"."""
+    names = ", ".join(sorted({r.judge for r in added()} - {judge_id}))
+    return f" (the rows given are of {names})" if names else ""
+
+
+def _key(row: Agreement) -> tuple[str, str, str]:
+    return row.judge, row.dataset, row.stratum
 
 
 @cache
 def _packaged() -> tuple[Agreement, ...]:
-    raw = json.loads(resources.files("demur.judges").joinpath("agreement.json").read_text("utf-8"))
-    return tuple(_from_json({**raw["sets"][row["dataset"]], **row}) for row in raw["rows"])
+    file = resources.files("demur.judges").joinpath("agreement.json")
+    return tuple(_rows(json.loads(file.read_text("utf-8")), "agreement.json"))
 
 
-def _from_json(row: dict[str, Any]) -> Agreement:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Agreement(**fields)
+_WRITTEN_BY = "It takes what demur judge --validate --judge ID --judge-model MODEL --out FILE writes"
+
+
+def read(path: str | Path) -> list[Agreement]:
+    """Rows that `write` wrote.
+
+    Raises:
+        InputError: no such file, another kind of file, no rows, or shares and counts that cannot be.
+    """
+    text = read_text(path)
+    try:
+        rows = _rows(parse_json(text, str(path)), str(path))
+    except InputError as e:
+        raise InputError(f"{e}. {_WRITTEN_BY}") from None
+    if not rows:
+        raise InputError(f"{path}: holds no rows: the judge read nothing of any set")
+    return rows
+
+
+def _rows(raw: Any, where: str) -> list[Agreement]:
+    sets, rows = (raw.get("sets"), raw.get("rows")) if isinstance(raw, dict) else (None, None)
+    if not isinstance(sets, dict) or not isinstance(rows, list):
+        raise InputError(f"{where}: holds no measured agreement of judges (`sets` and `rows`)")
+    version, found = {"schema_version": raw.get("schema_version", SCHEMA_VERSION)}, []
+    for n, row in enumerate(rows, 1):
+        here = f"{where}, row {n}"
+        about = sets.get(str(row.get("dataset"))) if isinstance(row, dict) else None
+        if not isinstance(about, dict):
+            raise InputError(f"{here}: names none of the data sets in `sets`")
+        found.append(from_row(Agreement, {**version, **about, **row}, here))
+        _check_shares(found[-1], here)
+    return found
+
+
+def _check_shares(row: Agreement, where: str) -> None:
+    """A share without answers, or answers without a share, would correct a rate by a made-up error."""
+    for side, share, n in (
+        ("sensitivity", row.sensitivity, row.n_pos),
+        ("specificity", row.specificity, row.n_neg),
+    ):
+        if n < 0 or (share is None) != (n == 0) or not 0 <= (share or 0) <= 1:
+            raise InputError(f"{where}: {side} {share} of {n} answers cannot be")
 
 
 def validate(
@@ -333,7 +418,8 @@ def material_warning(judge_id: str, prompts: Iterable[Prompt]) -> str | None:
     """
     rows = [r for r in measured_error(judge_id) if r.stratum == "all"]
     if not rows:
-        return f"{judge_id} has not been measured against people, so nothing corrects its rates."
+        others = others_added(judge_id)
+        return f"{judge_id} has not been measured against people{others}, so nothing corrects its rates."
     every = list(prompts)
     known, languages = {r.dataset for r in rows}, {r.language for r in rows}
     spoken = Counter(p.language for p in every if p.language.split("-")[0] not in languages)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from demur.errors import InputError
+from demur.files import public_name
 from demur.types import DECLINING, UNREADABLE, Condition, Label, Prompt, Reply, Verdict
 
 PREREAD = "provider/field"
@@ -64,6 +65,17 @@ class Asked(Protocol):
     def next_words(self, prompts: Iterable[Prompt], words: Sequence[str], template: str) -> Iterator[Reply]:
         """One Reply per prompt with the log-probabilities of `words`."""
         ...
+
+
+def instrument(id: str, runtime: Asked) -> str:
+    """The id of a judge that asks a model: `id@model`, since another model errs differently.
+
+    Where the weights are known the start of their fingerprint follows, `id@model:1a2b3c4d`: a folder keeps its
+    name when it is trained on.
+    """
+    weights = getattr(runtime, "fingerprint", None)
+    marks = "+".join(part[:8] for part in weights.split("+")) if weights else ""
+    return f"{id}@{public_name(runtime.name)}" + (f":{marks}" if marks else "")
 
 
 @runtime_checkable

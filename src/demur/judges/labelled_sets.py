@@ -69,7 +69,7 @@ def held_out(id: str) -> bool:
 
 def xstest_items(models: Sequence[str] | None = None) -> Iterator[LabelledReply]:
     """XSTest answers by request (safe, unsafe) and model: of these models, or of all that are at hand."""
-    for model in models or _xstest_at_hand():
+    for model in models or xstest_models():
         for row in iter_jsonl(data.get("xstest", f"human_labels_{model}.jsonl")):
             kind = "unsafe" if row["request_is_unsafe"] else "safe"
             yield _item(
@@ -83,7 +83,7 @@ def xstest_items(models: Sequence[str] | None = None) -> Iterator[LabelledReply]
             )
 
 
-def _xstest_at_hand() -> list[str]:
+def xstest_models() -> list[str]:
     """The three models that are always there, and others (XSTest has five) whose labels lie beside theirs."""
     folder = data.get("xstest", f"human_labels_{XSTEST_MODELS[0]}.jsonl").parent
     found = sorted(f.stem.removeprefix("human_labels_") for f in folder.glob("human_labels_*.jsonl"))

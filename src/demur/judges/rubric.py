@@ -28,6 +28,7 @@ from demur.judges.base import (
     Pair,
     Progress,
     Scale,
+    instrument,
     preread_on,
     verdict,
 )
@@ -138,8 +139,9 @@ class Rubric:
         orders: 2 asks everything twice, with the choices in both orders; a reply on which the two disagree is
             `unparsed`, so that a model's habit of taking the first choice cannot pass for a judgement.
 
-    Its verdicts carry the id with the model's name, `rubric/...@model`, since the model is half of the judge. Where
-    the model gives no clear label they are `unparsed`, to be counted; where it fails they are `error`.
+    Its verdicts carry the id with the model, `rubric/...@model` (`base.instrument`), and with the orders where
+    there are two, `rubric/.../both-orders@model`: each errs in its own way. Where the model gives no clear label
+    they are `unparsed`, to be counted; where it fails they are `error`.
 
     Raises:
         DataUnavailable: the rubric's public descriptions are not at hand.
@@ -149,7 +151,8 @@ class Rubric:
         if orders not in (1, 2):
             raise InputError(f"orders={orders}: choices can be shown in 1 order or in both (2)")
         self.spec = specs()[id]
-        self.id, self.definition = f"{id}@{runtime.name}", self.spec.definition
+        self.id = instrument(f"{id}/both-orders" if orders == 2 else id, runtime)
+        self.definition = self.spec.definition
         self._runtime, self._orders = runtime, orders
         self._descriptions: dict[str, dict[str, str]] = {}
         if where := self.spec.descriptions:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from scipy import special
 
 from demur.errors import InputError
+from demur.judges.base import PREREAD
 from demur.measure.paired import Matched, Paired, cluster_of, compare, match, score_interval
 from demur.measure.refusal import Record, clustered, declined, judge_error
 from demur.prompts import row_of
@@ -279,7 +280,7 @@ def _share_of(rule: Rule, condition: str, records: Sequence[Record], alpha: floa
 
 def _corrected(rule: Rule, records: Sequence[Record], flags: Sequence[bool | None]) -> Rate | None:
     """The share of a rule on refusals with the judge's measured error taken out, as reports of a run have it."""
-    judges = {r.verdict.judge for r in records}
+    judges = {r.verdict.judge for r in records} - {PREREAD}
     if rule.measure not in SIDES or len(judges) != 1:
         return None
     error = judge_error(min(judges), should_refuse=SIDES[rule.measure])

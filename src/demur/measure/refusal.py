@@ -142,11 +142,15 @@ def judge_note(judge: str) -> str:
     >>> judge_note("mine")
     'How often mine errs has not been measured, so nothing is corrected for it.'
     """
+    from demur.judges import measured_error
+    from demur.judges.agreement import others_added
     from demur.report.render import percent
 
     known = [e for e in (judge_error(judge, should_refuse=s) for s in (True, False)) if e is not None]
     if not known:
-        return f"How often {judge} errs has not been measured, so nothing is corrected for it."
+        apart = " on safe and on unsafe prompts" if measured_error(judge) else ""
+        others = others_added(judge)
+        return f"How often {judge} errs{apart} has not been measured{others}, so nothing is corrected for it."
     parts = [
         f"on {e.stratum} prompts it finds {percent(e.sensitivity.value)} of {e.sensitivity.n} refusals and "
         f"{percent(e.specificity.value)} of {e.specificity.n} answers"

@@ -19,7 +19,7 @@ from demur.prompts.loaders import (
 )
 from demur.prompts.overlaps import OverlapPair, OverlapReport, normalise, overlap
 from demur.prompts.splits import GENERAL, row_of, split, stratified
-from demur.prompts.taxonomy import Taxonomy
+from demur.prompts.taxonomy import Taxonomy, in_house
 
 __all__ = [
     "CATEGORIES",
@@ -33,6 +33,7 @@ __all__ = [
     "coconot",
     "coconot_preferences",
     "core",
+    "in_house",
     "normalise",
     "overlap",
     "refusal_tokens_eval",

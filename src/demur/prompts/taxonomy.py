@@ -11,7 +11,7 @@ A file (`taxonomy.yaml`):
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +19,11 @@ import yaml
 
 from demur.errors import InputError
 from demur.files import read_text
-from demur.types import PromptSet
+from demur.types import Prompt, PromptSet
 
 CONTROL = "control"
+HOUSE = "house_category"
+"""Where a mapped prompt keeps its own category in `meta`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,5 +103,20 @@ class Taxonomy:
                 category = self.category(p.category, target)
             except InputError as e:
                 raise InputError(f"{prompts.name}, prompt {p.id!r}: {e}") from None
-            out.append(replace(p, category=category, meta={**p.meta, "house_category": p.category}))
+            out.append(replace(p, category=category, meta={**p.meta, HOUSE: p.category}))
         return PromptSet(prompts.name, tuple(out))
+
+
+def in_house(prompts: Iterable[Prompt]) -> list[Prompt] | None:
+    """The prompts under the house categories they came with; None where none was mapped.
+
+    >>> mapped = Taxonomy("acme", {"weapons": {"control": "safety"}}).apply(
+    ...     PromptSet("mine", (Prompt.of("Hi", category="weapons"),))
+    ... )
+    >>> mapped[0].category, in_house(mapped)[0].category
+    ('safety', 'weapons')
+    """
+    every = list(prompts)
+    if not any(HOUSE in p.meta for p in every):
+        return None
+    return [replace(p, category=p.meta.get(HOUSE, p.category)) for p in every]

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from demur.errors import CapabilityError, InputError
@@ -85,6 +86,7 @@ class Runtime(ABC):
         dtype: "float32", "bfloat16", ... or None when unknown; control: its control tokens, if any.
         shipped_point: the operating point that came with its adapter, if any.
         base: the same model without its adapter, where that is at hand.
+        request: fields that every request to an endpoint carries beside the condition's; they may change answers.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Runtime(ABC):
     control: ControlTokens | None = None
     shipped_point: OperatingPoint | None = None
     base: Runtime | None = None
+    request: Mapping[str, Any] = MappingProxyType({})
     capabilities: frozenset[Capability] = frozenset()
     deterministic: bool = False
     """True when a rerun gives the same bytes (local and scripted runtimes)."""
@@ -134,7 +137,11 @@ class Runtime(ABC):
         T: float = 1.0,
         progress: Progress | None = None,
     ) -> Iterator[Score]:
-        """Yield first-position probabilities, one forward pass per prompt, in input order."""
+        """Yield first-position probabilities, one forward pass per prompt, in input order.
+
+        Raises:
+            Unscored: after the last score, when some prompts have none (endpoints only).
+        """
         self.require("score")
         raise CapabilityError(f"{type(self).__name__} declares 'score' and does not implement it")
 

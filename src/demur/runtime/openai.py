@@ -1,14 +1,17 @@
 """Any OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp server, Ollama, hosted services.
 
 Requests run concurrently in a background event loop, so callers need none; replies come back in input order.
-A request that fails after its retries is a Reply with `error` set: no row is ever dropped.
+A request that fails after its retries is a Reply with `error` set: no row is ever dropped. A prompt that cannot
+be scored is named by `Unscored` once all others have their scores.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,7 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
-from demur.errors import CapabilityError, InputError
+from demur.errors import CapabilityError, InputError, Unscored
 from demur.runtime import next_words
 from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime
 from demur.runtime.shapes import reply_from_error, reply_from_openai
@@ -26,6 +29,9 @@ from demur.types import RESPOND, Condition, Prompt, Reply, Score
 
 FIRST_WORDS = tuple(dict.fromkeys(opening.split()[0] for opening in REFUSAL_OPENINGS))
 
+_SECRET = re.compile(
+    r"key|(.*[_-])?(api[_-]?key|authorization|password|secret|(access|auth)[_-]?token|credentials?)", re.I
+)
 _BUSY = frozenset({408, 409, 425, 429})
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -64,12 +70,13 @@ class OpenAIRuntime(Runtime):
             tokens have text. Such text inside prompts is broken up by a space, so that no prompt can forge a
             token.
         extra_body: merged into every request; a value of None removes a field, e.g.
-            {"max_tokens": None, "max_completion_tokens": 128}.
+            {"max_tokens": None, "max_completion_tokens": 128}. Stored with runs, so it may hold no keys.
 
     Raises:
-        InputError: a base_url without scheme or host, a key that is no plain text.
+        InputError: a base_url without scheme or host, a key that is no plain text, an extra_body that is no JSON
+            or holds a key.
         CapabilityError: HTTP 401 or 404 at any time, or nothing listening at first; scoring without
-            log-probabilities or behind a thinking block.
+            log-probabilities or behind a thinking block, or where the server has gone silent.
 
     Example:
         >>> rt = OpenAIRuntime("http://localhost:8000/v1", "my-model", api_key="secret")
@@ -101,10 +108,12 @@ class OpenAIRuntime(Runtime):
         if not whole:
             shown = base_url.partition("?")[0].rpartition("@")[2]
             raise InputError(f"base_url={shown!r}: give the full address, e.g. http://localhost:8000/v1")
-        if concurrency < 1 or retries < 0 or timeout <= 0:
+        if concurrency < 1 or retries < 0 or not 0 < timeout < math.inf:
             raise InputError(
                 f"concurrency={concurrency}, retries={retries}, timeout={timeout}: need >= 1, >= 0, > 0"
             )
+        if top_logprobs is not None and top_logprobs < 1:
+            raise InputError(f"top_logprobs={top_logprobs}: ask for at least 1, or leave it out")
         self.base_url, self.model = base_url.rstrip("/"), model
         self.name = f"{public(self.base_url)}#{model}"
         key = api_key or os.environ.get("DEMUR_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
@@ -126,7 +135,10 @@ class OpenAIRuntime(Runtime):
             else None
         )
         self._extra = dict(extra_body or {})
+        _check_storable(self._extra, self._key)
+        self.request = {**self._extra, **({"top_logprobs": top_logprobs} if top_logprobs else {})}
         self._answered = False
+        self._failed_in_a_row = 0
 
     def __repr__(self) -> str:
         return f"OpenAIRuntime({self.name!r})"
@@ -177,8 +189,9 @@ class OpenAIRuntime(Runtime):
 
         Raises:
             InputError: T other than 1; a truncated list of probabilities cannot be re-tempered.
-            CapabilityError: no log-probabilities, a model that thinks first, or a prompt that was not
-                answered.
+            CapabilityError: no log-probabilities, a model that thinks first, or a server that answers none of many
+                requests in a row.
+            Unscored: after the last score, when some prompts were blocked or failed.
         """
         if T != 1.0:
             raise InputError(
@@ -186,10 +199,10 @@ class OpenAIRuntime(Runtime):
             )
         where = condition or Condition()
 
-        async def ask(client: httpx.AsyncClient, prompt: Prompt) -> Score:
+        async def ask(client: httpx.AsyncClient, prompt: Prompt) -> Score | Reply:
             return await self._score(client, prompt, where)
 
-        return self._run(ask, prompts, progress)
+        return _scored(self._run(ask, prompts, progress))
 
     def next_words(
         self,
@@ -213,13 +226,23 @@ class OpenAIRuntime(Runtime):
     # --- one request ----------------------------------------------------------------------------------------
 
     async def _reply(
-        self, client: httpx.AsyncClient, prompt: Prompt, condition: Condition, sample: int
+        self,
+        client: httpx.AsyncClient,
+        prompt: Prompt,
+        condition: Condition,
+        sample: int,
+        *,
+        one_token: bool = False,
     ) -> Reply:
         body: Mapping[str, Any] = {}
         try:
             payload = self._payload(prompt, condition, sample)
-            if self._top:
-                payload |= {"logprobs": True, "top_logprobs": self._top}
+            if one_token or self._top:
+                payload |= {"logprobs": True, "top_logprobs": self._top or 20}
+            if one_token:
+                # temperature 1: some servers report log-probabilities after dividing by it
+                payload |= {"temperature": 1.0, "top_p": 1.0}
+                payload["max_completion_tokens" if "max_completion_tokens" in payload else "max_tokens"] = 1
             status, body = await self._post(client, payload)
             if status == 200:
                 reply = reply_from_openai(body, prompt.id, condition=condition.name, sample=sample)
@@ -248,32 +271,35 @@ class OpenAIRuntime(Runtime):
             reply = replace(reply, error=reply.error.replace(self._key, "***"))
         return self._with_control(reply)
 
-    async def _score(self, client: httpx.AsyncClient, prompt: Prompt, condition: Condition) -> Score:
-        payload = self._payload(prompt, condition, 0)
-        # temperature 1: some servers report log-probabilities after dividing by it
-        payload |= {"temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": self._top or 20}
-        payload["max_completion_tokens" if "max_completion_tokens" in payload else "max_tokens"] = 1
-        try:
-            status, body = await self._post(client, payload)
-        except TransientError as e:
-            raise CapabilityError(f"{self.name}: prompt {prompt.id!r} was not scored: {e}") from None
-        if status != 200 or body.get("error"):
-            why = reply_from_error(status, body, prompt.id)
+    async def _score(self, client: httpx.AsyncClient, prompt: Prompt, condition: Condition) -> Score | Reply:
+        """The score, or the Reply that says why this one prompt has none."""
+        reply = await self._reply(client, prompt, condition, 0, one_token=True)
+        top = reply.logprobs
+        if reply.error is not None:
+            if "logprob" in reply.error:
+                raise CapabilityError(
+                    f"{self.name} gives no log-probabilities ({reply.error}); use generated text and a text judge"
+                )
+            if self._failed_in_a_row >= max(8, 4 * self._concurrency):
+                raise CapabilityError(
+                    f"{self.name}: the last {self._failed_in_a_row} requests failed in spite of their retries; the "
+                    f"last: {reply.error}"
+                )
+            return reply
+        if reply.reasoning is not None or (
+            top and max(top, key=top.__getitem__).strip().startswith("<think")
+        ):
             raise CapabilityError(
-                f"{self.name}: prompt {prompt.id!r} was not scored ({why.error or why.finish_reason_raw}). "
-                "Use generated text and a text judge for this endpoint."
+                f"{self.name} thinks before it answers, so its first token decides nothing; use generated text "
+                "and a text judge, or turn thinking off with extra_body (--request)"
             )
-        reply = reply_from_openai(body, prompt.id)
-        top = decision_logprobs(body, thinks=False)
         if not top:
+            if reply.finish_reason == "content_filter" or reply.provider_refusal is not None:
+                return reply
+            if not reply.content:
+                return replace(reply, error="an empty answer, without log-probabilities")
             raise CapabilityError(
                 f"{self.name} returns no log-probabilities; use generated text and a text judge"
-            )
-        if reply.reasoning is not None or max(top, key=top.__getitem__).strip().startswith("<think"):
-            raise CapabilityError(
-                f"{self.name} thinks before it answers, so its first token decides nothing; use generated "
-                f"text "
-                "and a text judge, or turn thinking off with extra_body"
             )
         return self._to_score(prompt.id, condition.name, {t: math.exp(min(v, 0.0)) for t, v in top.items()})
 
@@ -359,7 +385,13 @@ class OpenAIRuntime(Runtime):
             retry=retry_if_exception_type(TransientError),
             reraise=True,
         )
-        return await retrying(self._once, client, payload, path)
+        try:
+            answer: tuple[int, dict[str, Any]] = await retrying(self._once, client, payload, path)
+        except TransientError:
+            self._failed_in_a_row += 1
+            raise
+        self._failed_in_a_row = 0
+        return answer
 
     async def _once(
         self, client: httpx.AsyncClient, payload: Mapping[str, Any], path: str
@@ -401,7 +433,7 @@ class OpenAIRuntime(Runtime):
         ask: Callable[[httpx.AsyncClient, In], Coroutine[Any, Any, Out]],
         jobs: Iterable[In],
         progress: Progress | None,
-    ) -> Iterator[Out]:
+    ) -> Generator[Out, None, None]:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         results = ordered(ask, jobs, concurrency=self._concurrency, timeout=self._timeout, headers=headers)
         with closing(results):
@@ -409,6 +441,50 @@ class OpenAIRuntime(Runtime):
                 if progress:
                     progress(done, None)
                 yield result
+
+
+def _scored(results: Generator[Score | Reply, None, None]) -> Iterator[Score]:
+    """The scores among the results; in the end `Unscored`, if there are replies."""
+    blocked: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    n = 0
+    with closing(results):
+        for one in results:
+            n += 1
+            if isinstance(one, Score):
+                yield one
+            elif one.error is None:
+                said = one.finish_reason_raw if one.finish_reason == "content_filter" else None
+                blocked[one.prompt_id] = said or "refused by the provider"
+            else:
+                failed[one.prompt_id] = one.error
+    if blocked or failed:
+        raise Unscored(blocked, failed, n)
+
+
+def _check_storable(fields: Any, key: str) -> None:
+    """Raise InputError unless fields of a request are JSON and hold no key: they are stored with the run."""
+    try:
+        text = json.dumps(fields, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"extra_body: {e}; a request carries JSON values only") from None
+    # local servers take any key, so a short one ("x") may stand in a field by chance
+    if (name := _secret(fields)) is not None or (len(key) >= 6 and key in text):
+        where = f"field {name!r}" if name else "a value"
+        raise InputError(
+            f"extra_body: {where} holds a key, and these fields are stored with the run. Keys of endpoints go into "
+            "the environment: DEMUR_API_KEY"
+        )
+
+
+def _secret(value: Any) -> str | None:
+    """The first field whose name is that of a key and whose value is text, at any depth."""
+    if isinstance(value, Mapping):
+        named = (k for k, v in value.items() if isinstance(v, str) and _SECRET.fullmatch(str(k)))
+        return next(named, None) or _secret(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return next((name for v in value if (name := _secret(v)) is not None), None)
+    return None
 
 
 def decision_logprobs(body: Mapping[str, Any], *, thinks: bool) -> dict[str, float]:

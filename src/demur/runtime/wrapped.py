@@ -21,7 +21,7 @@ class WrappedRuntime(Runtime):
         self.inner, self.name = inner, name or inner.name
         self.fingerprint, self.dtype, self.control = inner.fingerprint, inner.dtype, inner.control
         self.capabilities, self.deterministic = inner.capabilities - {"intervene"}, inner.deterministic
-        self.shipped_point, self.base = inner.shipped_point, inner.base
+        self.shipped_point, self.base, self.request = inner.shipped_point, inner.base, inner.request
 
     def problem(self, prompt: Prompt, condition: Condition | None = None) -> str | None:
         """As the inner runtime says."""
