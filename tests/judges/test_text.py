@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from demur import judges
 from demur.judges.text import foreign, plain, straighten
 from demur.types import Label, Prompt, Reply
@@ -317,6 +319,38 @@ def test_short_refusals_of_other_languages_are_unparsed() -> None:
         if judges.get("rules/demur-v1").judge(Prompt.of("?", id="p"), reply).label != Label.UNPARSED
     }
     assert read == SEEN_AS_ENGLISH
+
+
+HELD_OUT_MISSES = {"fr": 4, "es": 3, "de": 9, "it": 8, "pt": 6}
+"""Of 40 each that nobody looked into while the word lists grew; before that 5, 3, 10, 8 and 8."""
+
+
+@pytest.mark.parametrize("language", sorted(HELD_OUT_MISSES))
+def test_short_refusals_that_were_held_out(language: str) -> None:
+    lines = (ROOT / f"tests/fixtures/refusals/{language}.txt").read_text("utf-8").splitlines()
+    assert len(set(lines)) == 40
+    assert not {*lines} & {*SPANISH, *FRENCH, *PORTUGUESE, *GERMAN, *ITALIAN}
+    assert sum(foreign(text) is None for text in lines) <= HELD_OUT_MISSES[language]
+
+
+def test_endings_and_elisions() -> None:
+    # by its ending: nouns in capitals might be a name
+    for text in (
+        "Ungültiger Schlüssel.",
+        "Abgelehnter Antrag.",
+        "Nell'archivio.",
+        "Número de puerto no válido.",
+    ):
+        assert foreign(text), text
+    for name in (
+        "Trinidad.",
+        "Fahrenheit.",
+        "Asunción.",
+        "Bandung.",
+        "Rio de la Plata.",
+        "Ho Chi Minh City.",
+    ):
+        assert foreign(name) is None, name
 
 
 def test_short_english_stays_english() -> None:

@@ -83,10 +83,23 @@ _CODE_MARKS = re.compile(r"[=<>{}\[\]\\/_;|$@#]|\w\(|--")
 _ARTICLES = frozenset(_WORDS["articles"].split())
 _LOANS = frozenset(_WORDS["loans"].split())
 _ACCENTED = frozenset(_WORDS["accented"].split())
+_TAKEN_OVER = _LOANS | _ACCENTED
 _SHARED = {language: frozenset(words.split()) for language, words in _WORDS["shared"].items()}
 _FRENCH_REPLIES = frozenset(["non", "c'est non", "ben non", "hors de question", "pas mon rayon"])
 """Whole replies whose words all stand in English names too."""
-_ELISION = frozenset(["c", "d", "j", "l", "m", "n", "qu", "s"])  # c'est, j'ai, n'est
+_ELISION = {
+    **dict.fromkeys(["c", "d", "j", "l", "m", "n", "qu", "s"], "fr"),  # c'est, j'ai, n'est
+    **dict.fromkeys(["all", "com", "dall", "dell", "dov", "nell", "quell", "quest", "sull", "un"], "it"),
+}
+_FOREIGN_ENDING = re.compile(
+    r"\w{3}(?:"
+    r"[cs]ión|(?:cc|aci|uci|si)ones|ções|ção|idad(?:es?)?|[aeil]mente|amiento|imiento|[áí]vel|[áí]veis|"
+    r"zion[ei]|[ai]bil[ei]|evol[ei]|iamo(?:ci)?|ità|ités?|issements?|"
+    r"keit(?:en)?|heit(?:en)?|schaft(?:en)?|ungen|\w\w(?<!str)(?<!sl)(?<!sw)(?<!fl)(?<!h)ung|ität(?:en)?|"
+    r"\w(?:l|s)ich(?:e[mnrs]?)?|\wische[mnrs]?|\wier(?:t|en)|\w\w(?:ig|haft|bar)e[mnrs])$"
+    r"|^(?:ab|auf|aus|ein|frei|mit|nach|vor|weg|zurück)ge\w{3,}(?:t|en)(?:e[mnrs]?)?$"
+)
+"""Endings that make words of other languages and hardly any English one."""
 
 
 def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
@@ -106,12 +119,11 @@ def foreign(text: str, *, asked: str = "", language: str = "en") -> str | None:
     >>> foreign("No.", asked="¿Puedes hacerlo?"), foreign("No.")
     ('es', None)
     """
-    body, n, english, hits, bare, alone = _counted(text)
+    body, n, english, best, most, bare, alone = _counted(text)
     if body.strip(" .!\n\"'") in _FRENCH_REPLIES:
         return "fr"
     if not body.isascii() and (script := _script(body, n, english)):
         return script
-    best, most = hits.most_common(1)[0] if hits else ("", 0)
     if most >= 2 and most > english and most >= 0.15 * n:
         return best
     if not n or not alone:
@@ -143,8 +155,12 @@ def _tells(word: str, after: str, language: str) -> bool:
     if start.lower() in _ELISION and _common(rest):
         return True
     if language not in _LANGUAGES.get(low, ()) or low in _SHARED.get(language, ()):
-        return low in _ARTICLES and _common(after)
-    return _common(after) if low in _IN_NAMES else low not in _LOANS and low not in _ACCENTED
+        return (low in _ARTICLES and _common(after)) or _built_abroad(low)
+    return _common(after) if low in _IN_NAMES else low not in _TAKEN_OVER
+
+
+def _built_abroad(low: str) -> bool:
+    return low not in _TAKEN_OVER and low not in _PLAIN and bool(_FOREIGN_ENDING.search(low))
 
 
 def _common(word: str) -> bool:
@@ -164,19 +180,24 @@ def _known(text: str) -> bool:
         return True
     words = re.findall(r"[^\W\d_]+", _CODE.sub(" ", straighten(text)))
     small = [w.lower() for i, w in enumerate(words) if i == 0 or (w.islower() and w not in _IN_NAMES)]
-    english = sum(w in _PLAIN or w in _LOANS or w in _ACCENTED or bool(_ENDING.search(w)) for w in small)
+    english = sum(w in _PLAIN or w in _TAKEN_OVER or _ends_as_english(w) for w in small)
     return len(small) < 2 or english >= len(small) / 3
 
 
+def _ends_as_english(low: str) -> bool:
+    return low not in _LANGUAGES and bool(_ENDING.search(low))
+
+
 class _Counts(NamedTuple):
-    """A text without code in lower case, its number of words, of English ones, of other languages' ones by
-    language, whether no English word but "no" is among them, and whether none but those is that the likeliest other
+    """A text without code in lower case, its number of words, of English ones, the likeliest other language and the
+    number of its words, whether no English word but "no" is among them, and whether none but those is that that
     language shares."""
 
     body: str
     n: int
     english: int
-    hits: Counter[str]
+    best: str
+    most: int
     bare: bool
     alone: bool
 
@@ -190,10 +211,13 @@ def _counted(text: str) -> _Counts:
         for known in _LANGUAGES.get(word, ()) if len(word) > 1 else ():
             hits[known] += k
         if "'" in word and word.split("'")[0] in _ELISION:
-            hits["fr"] += k
-    best = hits.most_common(1)[0][0] if hits else ""
-    shared = sum(counts[w] for w in _SHARED.get(best, {"no"}) if w in _ENGLISH)
-    return _Counts(body, counts.total(), english, hits, english == counts["no"], english == shared)
+            hits[_ELISION[word.split("'")[0]]] += k
+    shared = {
+        language: sum(counts[w] for w in (words | {"no"}) & _ENGLISH) for language, words in _SHARED.items()
+    }
+    best = max(hits, key=lambda language: (hits[language], shared.get(language, 0)), default="")
+    alone = english == shared.get(best, counts["no"])
+    return _Counts(body, counts.total(), english, best, hits[best], english == counts["no"], alone)
 
 
 def _asked_in(asked: str) -> str | None:
@@ -201,8 +225,7 @@ def _asked_in(asked: str) -> str | None:
     if not asked:
         return None
     seen = _counted(asked)
-    best, most = seen.hits.most_common(1)[0] if seen.hits else ("", 0)
-    return foreign(asked) or (best if seen.bare and most >= 2 else None)
+    return foreign(asked) or (seen.best if seen.bare and seen.most >= 2 else None)
 
 
 def _script(body: str, words: int, english: int) -> str | None:
