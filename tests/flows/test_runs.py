@@ -60,7 +60,7 @@ def test_remote_rows_resume_by_prompt_and_errors_are_asked_again(tmp_path: Path)
     run.commit({"replies": [good, bad]})
     with run.file("replies").open("ab") as f:
         f.write(b'{"prompt_id": "p3", "conte')
-    assert [p.id for p in run.open_prompts(["replies"], PROMPTS)] == ["p1", "p2", "p3", "p4", "p5", "p6"]
+    assert run.open_samples(["replies"], PROMPTS) == [(p, 0) for p in PROMPTS[1:]]
     run.commit({"replies": [to_row(Reply(prompt_id=i, content="late")) for i in ("p2", "p1")]})
     run.settle(["replies"], PROMPTS)
     assert [r["prompt_id"] for r in run.rows("replies")] == ["p0", "p1", "p2"]
@@ -100,16 +100,28 @@ def test_a_run_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
     assert (other / "prompts.jsonl").read_text() == "mine\n"
 
 
-def test_an_error_that_was_answered_later_is_not_asked_again(tmp_path: Path) -> None:
-    run, p = RunFolder(tmp_path), PROMPTS[:1]
-    rows = [
-        Verdict(prompt_id="p0", label="error", judge="j"),
-        Verdict(prompt_id="p0", label="compliance", judge="j"),
-    ]
-    run.commit({"verdicts": [to_row(v) for v in rows]})
-    assert run.open_prompts(["verdicts"], p) == []
-    run.commit({"verdicts": [to_row(rows[0])]})
-    assert run.open_prompts(["verdicts"], p) == list(p)
+def test_only_missing_and_failed_samples_are_open(tmp_path: Path) -> None:
+    run, (p, q), failed = RunFolder(tmp_path), PROMPTS[:2], {"error": "timeout"}
+    run.commit({"replies": [{"prompt_id": "p0", "sample": s, **(failed if s else {})} for s in range(3)]})
+    assert run.open_samples(["replies"], [p, q], samples=3) == [(p, 1), (p, 2), (q, 0), (q, 1), (q, 2)]
+    run.commit({"replies": [{"prompt_id": "p0", "sample": 2}]})
+    assert run.open_samples(["replies"], [p], samples=3) == [(p, 1)]  # the last row of a sample counts
+    run.commit({"replies": [{"prompt_id": "p0", "sample": 1, "finish_reason": "error"}]})
+    assert run.open_samples(["replies"], [p], samples=3) == [(p, 1)]
+
+
+def test_a_failed_judge_alone_is_open_where_the_text_was_kept(tmp_path: Path) -> None:
+    run, streams = RunFolder(tmp_path), ["replies", "verdicts"]
+    held = {"withheld": {"sha256": "x", "characters": 1}}
+    replies = [{"prompt_id": p.id, **(held if p.id in ("p1", "p3") else {})} for p in PROMPTS[:4]]
+    verdicts = [{"prompt_id": "p0", "label": "error"}, {"prompt_id": "p1", "label": "error"}]
+    run.commit({"replies": replies, "verdicts": verdicts})  # killed before the verdicts of p2 and p3
+    assert run.unjudged(streams) == {("p0", 0): True, ("p1", 0): False, ("p2", 0): True, ("p3", 0): False}
+    assert run.open_samples(streams, PROMPTS[:4]) == [(PROMPTS[1], 0), (PROMPTS[3], 0)]
+    assert [r.prompt_id for r in run.texts("replies", run.unjudged(streams))] == ["p0", "p2"]
+    run.commit({"verdicts": [{"prompt_id": p.id, "label": "compliance"} for p in PROMPTS[:4]]})
+    assert run.unjudged(streams) == {}
+    assert run.open_samples(streams, PROMPTS[:4]) == []
 
 
 def test_differing_reports_missing_keys() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from typing import Any, Literal
 
 from demur.errors import CapabilityError, MissingExtra, Unscored
 from demur.files import dumps_row, to_row, write_atomic
-from demur.flows.runs import WINDOW, RunFolder, stored_row
+from demur.flows.runs import WINDOW, Key, RunFolder, stored_row
 from demur.flows.settings import public_name
 from demur.judges.base import Judge, judge_all
 from demur.runtime.base import Decide, Progress, Runtime
+from demur.runtime.batching import windows
 from demur.types import Condition, Prompt, PromptSet, Reply, Verdict
 
 SCORE_SECONDS = 0.1
@@ -84,7 +86,7 @@ def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
     run.keep_unscored(stream, lost)
     try:
         # what a window blocks is recorded at its end; its scores, where they are paid for, one by one
-        for done, window in _open(run, stage, size=4 * WINDOW, without=lost):
+        for done, window in _open(run, stage, without=lost):
             tick(done)
             progress = _shift(tick, done, 1)
             rows = stage.runtime.score(window, stage.condition, T=stage.T, progress=progress)
@@ -119,27 +121,79 @@ def _states(run: RunFolder, stage: Stage, tick: Tick) -> None:
 
 
 def _texts(run: RunFolder, stage: Stage, judge: Judge, tick: Tick, *, keep_unsafe_text: bool) -> None:
-    def ask(prompts: Sequence[Prompt], done: int) -> Iterator[Reply]:
-        return stage.runtime.generate(
-            prompts,
-            stage.condition,
-            samples=stage.samples,
-            decide=stage.decide,
-            progress=_shift(tick, done, stage.samples),
-        )
-
     def commit(prompts: Mapping[str, Prompt], replies: Iterable[Reply]) -> None:
         run.commit(judged(stage.streams, prompts, replies, judge, keep_unsafe_text=keep_unsafe_text))
 
+    k, calls = stage.samples, _calls(run, stage)
+    unjudged = run.unjudged(stage.streams)  # of an earlier call: what fails now is for the next one
+    done = k * len(stage.prompts) - sum(call.answers for call in calls)
+    for call in calls:
+        asked = {p.id: p for p in call.prompts}
+        replies = call.replies(stage, _shift(tick, done / k, k))
+        if stage.runtime.deterministic:
+            commit(asked, replies)
+        else:
+            # One stream of questions keeps a server busy; each answered prompt is written at once.
+            for _, some in groupby(replies, key=lambda r: r.prompt_id):
+                commit(asked, some)
+        done += call.answers
+    if unjudged:
+        _judge_again(run, stage, judge, unjudged, keep_unsafe_text=keep_unsafe_text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Some prompts, and which of their samples to ask: `samples` of them from number `first` up."""
+
+    prompts: Sequence[Prompt]
+    first: int
+    samples: int
+
+    @property
+    def answers(self) -> int:
+        """How many answers it asks for."""
+        return len(self.prompts) * self.samples
+
+    def replies(self, stage: Stage, progress: Progress) -> Iterator[Reply]:
+        """Ask. Sample i alone is the first sample at seed + i, at an endpoint the very same request."""
+        condition = replace(stage.condition, seed=stage.condition.seed + self.first)
+        replies = stage.runtime.generate(
+            self.prompts, condition, samples=self.samples, decide=stage.decide, progress=progress
+        )
+        return (replace(r, sample=r.sample + self.first) for r in replies)
+
+
+def _calls(run: RunFolder, stage: Stage) -> list[_Call]:
+    """What is left to ask: whole windows, or of remote runtimes whole prompts and lone samples."""
+    k = stage.samples
     if stage.runtime.deterministic:
-        for done, window in _open(run, stage):
-            commit({p.id: p for p in window}, ask(window, done))
-    else:
-        # One stream of questions keeps a server busy; each answered prompt is written at once.
-        for done, left in _open(run, stage):
-            asked = {p.id: p for p in left}
-            for _, replies in groupby(ask(left, done), key=lambda r: r.prompt_id):
-                commit(asked, replies)
+        return [_Call(w, 0, k) for w in run.open_windows(stage.streams, stage.prompts, samples=k)]
+    groups: dict[tuple[int, int], list[Prompt]] = {}
+    for prompt, jobs in groupby(run.open_samples(stage.streams, stage.prompts, samples=k), lambda j: j[0]):
+        missing = [sample for _, sample in jobs]
+        for part in [(0, k)] if len(missing) == k else [(sample, 1) for sample in missing]:
+            groups.setdefault(part, []).append(prompt)
+    return [_Call(prompts, first, n) for (first, n), prompts in groups.items()]
+
+
+def _judge_again(
+    run: RunFolder, stage: Stage, judge: Judge, unjudged: Mapping[Key, bool], *, keep_unsafe_text: bool
+) -> None:
+    """Judge answers that an earlier call left without a verdict. `settle` puts the new rows in place."""
+    if stage.runtime.deterministic and (lost := sum(not kept for kept in unjudged.values())):
+        logging.getLogger("demur").warning(
+            "%d answers whose judge failed stay without a verdict: their text may answer what should be refused "
+            "and was not kept. --fresh asks for all answers again",
+            lost,
+        )
+    keys = {key for key, kept in unjudged.items() if kept}
+    by_id = {p.id: p for p in stage.prompts}
+    run.settle(stage.streams[:1], stage.prompts, samples=stage.samples)  # one row an answer
+    for replies in windows(run.texts(stage.streams[0], keys), WINDOW):
+        rows = judged(stage.streams, by_id, replies, judge, keep_unsafe_text=keep_unsafe_text)
+        # the verdict may say that the text must go; a reply that stays is not written twice
+        rows[stage.streams[0]] = [row for row in rows[stage.streams[0]] if "withheld" in row]
+        run.commit({name: some for name, some in rows.items() if some})
 
 
 class Given:
@@ -174,28 +228,20 @@ def judged(
     return rows
 
 
-def _open(
-    run: RunFolder, stage: Stage, size: int | None = None, without: Collection[str] = ()
-) -> Iterator[tuple[int, Sequence[Prompt]]]:
-    """What is left of a stage, with the number done before: windows, or for remote runtimes all of it.
-
-    Args:
-        size: of the parts for remote runtimes. without: ids of prompts that are not asked again there.
-    """
+def _open(run: RunFolder, stage: Stage, without: Collection[str]) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    """The scores left, with the number done before; ids in `without` are not asked a remote runtime."""
     if stage.runtime.deterministic:
-        parts: list[Sequence[Prompt]] = run.open_windows(stage.streams, stage.prompts, samples=stage.samples)
+        parts: Sequence[Sequence[Prompt]] = run.open_windows(stage.streams, stage.prompts)
     else:
-        left = run.open_prompts(stage.streams, stage.prompts, samples=stage.samples)
-        left = [p for p in left if p.id not in without]
-        size = size or max(len(left), 1)
-        parts = [left[i : i + size] for i in range(0, len(left), size)]
+        left = (p for p, _ in run.open_samples(stage.streams, stage.prompts) if p.id not in without)
+        parts = list(windows(left, 4 * WINDOW))
     done = len(stage.prompts) - sum(len(part) for part in parts)
     for part in parts:
         yield done, part
         done += len(part)
 
 
-def _shift(tick: Tick, before: int, samples: int) -> Progress:
+def _shift(tick: Tick, before: float, samples: int) -> Progress:
     def progress(done: int, total: int | None) -> None:  # noqa: ARG001
         tick(before + done / samples)
 

@@ -253,7 +253,7 @@ def _notes(
         listed = ", ".join(f"{n} {label}" for label, n in unread.items())
         yield f"{sum(unread.values())} of {total} answers could not be read: {listed}."
     if counts[Label.ERROR] and not config["model"].get("deterministic", True):
-        yield "Answers that did not come are asked again when the same command is run again."
+        yield "Answers and verdicts that did not come are asked for again when the same command is run again."
     if counts[None]:
         yield f"{counts[None]} of {total} answers are missing: the run was stopped before its end."
     skipped = config.get("skipped", {}).get("prompts", {})

@@ -3,8 +3,8 @@
 Answers arrive in windows of a fixed number of prompts. One window is one write and one fsync, and a window
 that is not there as a whole is not there at all: on the next start it is cut off and collected again. Since a
 window is also what the runtime sees at once, a deterministic runtime gives the same bytes whether or not it
-was killed. Remote runtimes are neither deterministic nor free: there the unit is one prompt, and errors are
-asked again.
+was killed. Remote runtimes are neither deterministic nor free: there the unit is one answer, and errors are
+asked again. A judge that failed is asked again alone wherever the text is still there.
 
 Nothing here holds a clock time, a machine path or a key.
 """
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -44,6 +44,8 @@ _STREAM = re.compile(
 )
 
 Row = dict[str, Any]
+Key = tuple[str, int]
+"""(prompt id, sample)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,25 +197,48 @@ class RunFolder:
             InputError: a stream holds rows of other prompts than those asked for.
         """
         windows = [prompts[i : i + window] for i in range(0, len(prompts), window)]
-        lines = {name: self._lines(name) for name in names}
+        lines = {name: [(len(raw), _key(row)) for raw, row in self._lines(name)] for name in names}
         done = min(whole_windows(some, windows, samples, self.file(name)) for name, some in lines.items())
         keep = sum(len(w) for w in windows[:done]) * samples
         for name, some in lines.items():
-            self._cut(name, sum(len(raw) for raw, _ in some[:keep]))
+            self._cut(name, sum(size for size, _ in some[:keep]))
         return list(windows[done:])
 
-    def open_prompts(
+    def open_samples(
         self, names: Sequence[str], prompts: Sequence[Prompt], *, samples: int = 1
-    ) -> list[Prompt]:
-        """The prompts still to ask: those without `samples` good rows in every stream of `names`."""
-        missing: set[str] = set()
-        for name in names:
-            lines = self._lines(name)
-            self._cut(name, sum(len(raw) for raw, _ in lines))
-            last = {_key(row): row for _, row in lines}
-            good = {k for k, row in last.items() if not row.get("error") and row.get("label") != Label.ERROR}
-            missing |= {p.id for p in prompts if any((p.id, s) not in good for s in range(samples))}
-        return [p for p in prompts if p.id in missing]
+    ) -> list[tuple[Prompt, int]]:
+        """What is still to ask, as (prompt, sample): no row in the first stream of `names`, or a failed one.
+
+        An answer that only its judge failed on is to be asked again where its text was withheld (`unjudged`).
+        """
+        done = {key for key, state in self._states(names[0]).items() if state != "failed"}
+        done -= {key for key, kept in self.unjudged(names).items() if not kept}
+        return [(p, s) for p in prompts for s in range(samples) if (p.id, s) not in done]
+
+    def unjudged(self, names: Sequence[str]) -> dict[Key, bool]:
+        """Answers that came and have no verdict, or an error for one: whether their text is here, by key.
+
+        Args:
+            names: the streams of replies and verdicts; of scores alone nothing is judged.
+        """
+        if len(names) < 2:
+            return {}
+        replies, verdicts = (self._states(name) for name in names)
+        return {
+            key: state == "good"
+            for key, state in replies.items()
+            if state != "failed" and verdicts.get(key, "failed") == "failed"
+        }
+
+    def _states(self, name: str) -> dict[Key, str]:
+        """The last row of each key as "good", "withheld" or "failed"; a torn end is cut off."""
+        states, size = {}, 0
+        for raw, row in self._lines(name):
+            size += len(raw)
+            failed = row.get("error") is not None or "error" in (row.get("finish_reason"), row.get("label"))
+            states[_key(row)] = "failed" if failed else "withheld" if "withheld" in row else "good"
+        self._cut(name, size)
+        return states
 
     def settle(self, names: Sequence[str], prompts: Sequence[Prompt], *, samples: int = 1) -> None:
         """Bring finished streams into prompt order, the last row of a repeated question winning. Atomic."""
@@ -221,12 +246,11 @@ class RunFolder:
         for name in names:
             if not self.file(name).exists() or self._in_order(name, order):
                 continue  # streamed: a long run is not read into memory to find that it is in order
-            last = {_key(row): row for row in self.rows(name)}
-            rows = [last[key] for key in sorted(last, key=lambda k: order.get(k, len(order)))]
-            text = "".join(dumps_row(row) + "\n" for row in rows).encode("utf-8", "surrogatepass")
-            write_atomic(self.file(name), text)
+            last = {_key(row): raw for raw, row in self._lines(name)}
+            rows = (last[key] for key in sorted(last, key=lambda k: order.get(k, len(order))))
+            write_atomic(self.file(name), b"".join(rows))
 
-    def _in_order(self, name: str, keys: Iterable[tuple[str, int]]) -> bool:
+    def _in_order(self, name: str, keys: Iterable[Key]) -> bool:
         with self.file(name).open("rb") as f:
             rows = (_key(json.loads(line)) if line.endswith(b"\n") else None for line in f)
             return all(row == key for row, key in zip_longest(rows, keys))
@@ -274,13 +298,19 @@ class RunFolder:
         """Scores by prompt id."""
         return {s.id: s for s in self._nouns(name, lambda row, at: from_row(Score, row, at))}
 
-    def verdicts(self, name: str = "verdicts") -> dict[tuple[str, int], Verdict]:
+    def texts(self, name: str, keys: Container[Key]) -> Iterator[Reply]:
+        """The replies among `keys` whose text was kept, one by one."""
+        for _, row in self._lines(name):
+            if _key(row) in keys and "withheld" not in row:
+                yield from_row(Reply, row, str(self.file(name)))
+
+    def verdicts(self, name: str = "verdicts") -> dict[Key, Verdict]:
         """Verdicts by (prompt id, sample)."""
         return {
             (v.prompt_id, v.sample): v for v in self._nouns(name, lambda row, at: from_row(Verdict, row, at))
         }
 
-    def replies(self, name: str = "replies") -> dict[tuple[str, int], StoredReply]:
+    def replies(self, name: str = "replies") -> dict[Key, StoredReply]:
         """Replies by (prompt id, sample)."""
 
         def stored(row: Row, at: str) -> StoredReply:
@@ -303,20 +333,19 @@ class RunFolder:
         for n, row in enumerate(self.rows(name), 1):
             yield read(row, f"{self.file(name)}, line {n}")
 
-    def _lines(self, name: str) -> list[tuple[bytes, Row]]:
+    def _lines(self, name: str) -> Iterator[tuple[bytes, Row]]:
         """Whole lines with their parsed rows, up to the first torn one."""
         if not self.file(name).exists():
-            return []
-        out: list[tuple[bytes, Row]] = []
-        for raw in self.file(name).read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                break
-            out.append((raw, row))
-        return out
+            return
+        with self.file(name).open("rb") as f:
+            for raw in f:
+                try:
+                    row = json.loads(raw) if raw.endswith(b"\n") else None
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    return
+                yield raw, row
 
     def _cut(self, name: str, size: int) -> None:
         path = self.file(name)
@@ -325,13 +354,13 @@ class RunFolder:
 
 
 def whole_windows(
-    lines: Sequence[tuple[bytes, Row]], windows: Sequence[Sequence[Prompt]], samples: int, path: Path
+    lines: Sequence[tuple[int, Key]], windows: Sequence[Sequence[Prompt]], samples: int, path: Path
 ) -> int:
-    """How many of `windows` stand complete at the head of a stream."""
+    """How many of `windows` stand complete at the head of a stream, given as (size, key) of its lines."""
     at = done = 0
     for some in windows:
         wanted = [(p.id, s) for p in some for s in range(samples)]
-        found = [_key(row) for _, row in lines[at : at + len(wanted)]]
+        found = [key for _, key in lines[at : at + len(wanted)]]
         if found != wanted[: len(found)]:
             bad = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
             raise InputError(
@@ -345,7 +374,7 @@ def whole_windows(
     return done
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int]:
+def _key(row: Mapping[str, Any]) -> Key:
     return str(row.get("prompt_id", row.get("id"))), int(row.get("sample", 0))
 
 
