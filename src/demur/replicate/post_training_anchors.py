@@ -193,14 +193,14 @@ def _anchors() -> tuple[Anchor, ...]:
             (
                 "smollm2_truth",
                 "base's truth direction on SmolLM2 with our adapter, 240 statements",
-                0.692,
+                0.688,
                 0.02,
             ),
         ),
         Anchor(
             key="smollm2_refusal",
             text="SmolLM2: cosine of the refusal directions, last layer, before the answer",
-            expected=0.929,
+            expected=0.908,
             tolerance=0.01,
         ),
         Anchor(
