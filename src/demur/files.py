@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -208,8 +209,14 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
         raise InputError(f"{where}: {at}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
 
 
+@cache
+def _names(cls: type[Any]) -> frozenset[str]:
+    """Names of a dataclass's fields; asked once a row, so kept."""
+    return frozenset(f.name for f in dataclasses.fields(cls))
+
+
 def _check_fields(cls: type[Any], data: Mapping[str, Any], where: str) -> None:
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = _names(cls)
     if extra := sorted(str(name) for name in data if name not in known):
         raise InputError(
             f"{where}: unknown field {', '.join(extra)}; a {cls.__name__} has {', '.join(sorted(known))}"
@@ -243,8 +250,7 @@ def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {e}") from None
     if isinstance(data.get("meta"), str):
         data["meta"] = parse_json(data["meta"], f"{where}: meta")
-    fields = {f.name for f in dataclasses.fields(Prompt)}
-    extra = {k: data.pop(k) for k in list(data) if k not in fields}
+    extra = {k: data.pop(k) for k in list(data) if k not in _names(Prompt)}
     if extra:  # a user's own columns are kept, not lost and not guessed at
         meta = data.get("meta", {})
         if not isinstance(meta, dict):
