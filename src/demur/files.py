@@ -15,7 +15,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -209,10 +208,14 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
         raise InputError(f"{where}: {at}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
 
 
-@cache
+_NAMES: dict[type[Any], frozenset[str]] = {}
+
+
 def _names(cls: type[Any]) -> frozenset[str]:
-    """Names of a dataclass's fields; asked once a row, so kept."""
-    return frozenset(f.name for f in dataclasses.fields(cls))
+    """Names of a dataclass's fields; asked for each row, so kept."""
+    if cls not in _NAMES:
+        _NAMES[cls] = frozenset(f.name for f in dataclasses.fields(cls))
+    return _NAMES[cls]
 
 
 def _check_fields(cls: type[Any], data: Mapping[str, Any], where: str) -> None:
