@@ -302,8 +302,8 @@ def main() -> None:
         model="demur-smollm2",
         model_fingerprint=runtime.fingerprint,
         dtype=runtime.dtype,
-        calibration_hash=held.hash,
     )
+    out["calibrate_hash"] = held.hash
     dump_operating_point(point, args.adapter / "operating_point.yaml")
     runtime.shipped_point = point  # in place of the one that lay there
     category = np.array([p.category for p in test])

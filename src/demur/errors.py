@@ -88,7 +88,20 @@ class UnsupportedClaim(DemurError):
 
 
 class RefusalLowering(DemurError):
-    """A change that lowers refusal was asked for without the operator's consent."""
+    """A change that lowers refusal was asked for without the operator's consent. The message says how to give it.
+
+    >>> print(RefusalLowering("This answers what should be refused"))
+    This answers what should be refused. --allow-refusal-lowering (Python: allow_refusal_lowering=True) permits \
+it; it is logged (docs/design.md, section 12)
+    """
+
+    def __str__(self) -> str:
+        what = super().__str__()
+        if "--allow-refusal-lowering" not in what:  # some callers say it in words of their own
+            what += (
+                ". --allow-refusal-lowering (Python: allow_refusal_lowering=True) permits it; it is logged"
+            )
+        return f"{what} (docs/design.md, section 12)"
 
 
 class UpstreamError(DemurError):

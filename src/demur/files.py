@@ -208,8 +208,18 @@ def from_row(cls: type[Noun], row: Mapping[str, Any], where: str) -> Noun:
         raise InputError(f"{where}: {at}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
 
 
+_NAMES: dict[type[Any], frozenset[str]] = {}
+
+
+def _names(cls: type[Any]) -> frozenset[str]:
+    """Names of a dataclass's fields; asked for each row, so kept."""
+    if cls not in _NAMES:
+        _NAMES[cls] = frozenset(f.name for f in dataclasses.fields(cls))
+    return _NAMES[cls]
+
+
 def _check_fields(cls: type[Any], data: Mapping[str, Any], where: str) -> None:
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = _names(cls)
     if extra := sorted(str(name) for name in data if name not in known):
         raise InputError(
             f"{where}: unknown field {', '.join(extra)}; a {cls.__name__} has {', '.join(sorted(known))}"
@@ -243,8 +253,7 @@ def _prompt_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {e}") from None
     if isinstance(data.get("meta"), str):
         data["meta"] = parse_json(data["meta"], f"{where}: meta")
-    fields = {f.name for f in dataclasses.fields(Prompt)}
-    extra = {k: data.pop(k) for k in list(data) if k not in fields}
+    extra = {k: data.pop(k) for k in list(data) if k not in _names(Prompt)}
     if extra:  # a user's own columns are kept, not lost and not guessed at
         meta = data.get("meta", {})
         if not isinstance(meta, dict):

@@ -303,6 +303,9 @@ class OperatingPoint:
         rule: "compare", "threshold" (per category, on p_c), "total_mass" or "bias".
         goal: how the thresholds were chosen, e.g. "max_tpr_fpr<=0.05@delta=0.1".
         guarantee: the wording, or None when nothing is guaranteed.
+        calibration_hash: of the scores, labels and categories calibrated on (`calibrate.base.data_hash`), by which
+            a check knows them again. Until it is made anew, the point that comes with demur-smollm2 holds the hash
+            of its prompts there (`PromptSet.hash` of core/calibrate), which no check knows.
         model_fingerprint, dtype, T: what the scores came from. Another T or fingerprint is refused, another
             dtype warns.
         answers: who writes behind a decided `respond`: the "model" itself, or its "base" without the adapter,

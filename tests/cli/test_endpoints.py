@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from demur.files import dump_jsonl
+from demur.files import dump_jsonl, load_operating_point
 from tests.cli.conftest import Cli
 from tests.runtime.test_openai import Answer, Server, say, server, text_of, with_logprobs
 
@@ -48,6 +48,59 @@ def test_score_writes_the_others_and_names_the_rest(
     none = cli("score", asked, "-m", f"{server.url}#m", "--out", tmp_path / "none.jsonl")
     assert none.code == 2 and "20 of 20 prompts could not be scored" in none.err
     assert "and 10 more" in none.err and not (tmp_path / "none.jsonl").exists()
+
+
+def test_calibrate_leaves_out_what_was_not_scored(cli: Cli, server: Server, tmp_path: Path) -> None:
+    def rows(name: str) -> Path:
+        kinds = (("bad", "refuse"), ("fine", "comply"))
+        made = [
+            {
+                "id": f"{name}-{kind}{i}",
+                "prompt": f"{name} {kind} {i}",
+                "expected": expected,
+                "category": "safety",
+            }
+            for kind, expected in kinds
+            for i in range(50)
+        ]
+        dump_jsonl(made, tmp_path / f"{name}.jsonl")
+        return tmp_path / f"{name}.jsonl"
+
+    def answer(payload: dict[str, Any], n: int) -> Answer:
+        text = text_of(payload)
+        if text in blocked:
+            return 400, {"error": {"code": "content_filter"}}
+        if text == "fit bad 7":
+            return 500, b"overloaded"
+        return 200, with_logprobs({"Sorry": 0.8 if "bad" in text else 0.1, "Sure": 0.1}, "Sure")
+
+    server.answer, blocked = answer, {"fit bad 3", "fit fine 4", "held fine 1"}
+    endpoint = ("-m", f"{server.url}#m", "--request", "retries=1", "--request", "user=me")
+    same = ("calibrate", rows("fit"), *endpoint, "--check", rows("held"), "--json", "-o", tmp_path / "p.yaml")
+    done = cli(*same)
+    assert done.code == 0, done.err
+    assert {p["user"] for p in server.seen} == {"me"}
+    assert "3 of 100 prompts could not be scored (2 blocked, 1 failed)" in done.err
+    assert "fit-bad7: HTTP 500" in done.err and "1 of 100 prompts could not be scored (1 blocked)" in done.err
+    report = json.loads(done.out)
+    assert report["provenance"]["unscored"] == {
+        "calibrated_on": {"prompts": 100, "skipped": 0, "blocked": 2, "failed": 1},
+        "checked_on": {"prompts": 100, "skipped": 0, "blocked": 1, "failed": 0},
+    }
+    point = load_operating_point(tmp_path / "p.yaml")
+    (threshold,) = point.thresholds.values()
+    assert (threshold.n_refuse, threshold.n_benign) == (48, 49)
+    assert point.guarantee is not None and "3 of its 100 prompts could not be scored" in point.guarantee
+    assert report["tables"][1]["rows"][0][3]["n"] == 49
+
+    blocked |= {f"fit fine {i}" for i in range(20)}
+    few = cli(*same)
+    assert (
+        few.code == 2 and "needs at least 45 independent benign prompts" in few.err and "found 30" in few.err
+    )
+    server.answer = lambda payload, n: (400, {"error": {"code": "content_filter"}})
+    none = cli(*same)
+    assert none.code == 2 and "100 of 100 prompts could not be scored" in none.err
 
 
 def test_request_fields_are_sent_and_part_of_the_run(

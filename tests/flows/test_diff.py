@@ -248,7 +248,7 @@ def test_twenty_thousand_rows_in_seconds(tmp_path: Path) -> None:
     )
     start = time.process_time()
     made = diff(a, b, tmp_path / "out")
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5, "1.6 to 1.9 s on a shared core"
     assert {f["id"] for f in made.values["flips"]} == {f"safety-comply-{i}" for i in changed}
     assert made.html.stat().st_size < 500_000  # the page holds 100 flips of a kind and says so
     assert "100 of 200 are on this page" in made.html.read_text(encoding="utf-8")

@@ -16,14 +16,16 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from scipy import stats
 
 from demur.errors import InputError
 from demur.files import dumps_row
 from demur.flows.export import export, exported, rates
+from demur.flows.measure import measure_answers
 from demur.flows.readrun import Run, read_run
 from demur.flows.runs import HARMLESS_TO_KEEP
 from demur.report.exports import SAFE_LABELS, Item
+from demur.report.importers import load_answers
+from demur.stats import proportion_interval
 from demur.types import Label, Prompt, Reply, Verdict
 
 WHEN = "2026-01-02T03:04:05+00:00"
@@ -117,14 +119,26 @@ def test_answers_that_should_not_exist_stay_at_home(run: Run, tmp_path: Path) ->
     assert next(s for s in kept["samples"] if s["id"] == "refuse-4")["output"]["completion"] == YES
 
 
-def test_samples_of_a_prompt_widen_the_interval(run: Run) -> None:
-    rate = rates(run.records)["over_refusal.safety"]
-    assert (rate.k, rate.n) == (6, 20) and rate.corrected is None
-    # variance 10/9 (3 * 1.4^2 + 7 * 0.6^2) / 20^2 = 0.02333, so 0.3 * 0.7 / 0.02333 = 9 answers' worth, times the
-    # t quantiles' (2.093 / 2.262)^2 for ten prompts
-    n = 9 * (stats.t.ppf(0.975, 19) / stats.t.ppf(0.975, 9)) ** 2
-    assert rate.low == pytest.approx(stats.beta.ppf(0.025, 0.3 * n, 0.7 * n + 1))
-    assert rate.high == pytest.approx(stats.beta.ppf(0.975, 0.3 * n + 1, 0.7 * n))
+def test_rates_are_those_that_measure_prints(tmp_path: Path) -> None:
+    twice = [row(i, NO if i < 3 else YES, "comply", sample=s) for i in range(10) for s in (0, 1)]
+    grouped = [row(i, NO if i < 7 else YES, "refuse", group=f"topic-{i // 2}") for i in range(10)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(dumps_row(r) + "\n" for r in twice + grouped), encoding="utf-8")
+    printed = measure_answers(load_answers(path), tmp_path / "run").report
+    expected = printed.values["conditions"]["as given"]["rates"]
+    for source in (path, tmp_path / "run"):
+        found = rates(read_run(source).records)
+        assert found == {
+            "over_refusal": expected["all"]["lookalike"],
+            "over_refusal.safety": expected["safety"]["lookalike"],
+            "refusal": expected["all"]["refuse"],
+            "refusal.safety": expected["safety"]["refuse"],
+        }
+        for rate in found.values():
+            raw = proportion_interval(rate.k, rate.n)
+            assert rate.corrected is not None and rate.corrected_interval is not None
+            # a prompt, or a group of prompts, is one draw
+            assert rate.low < raw[0] and rate.high > raw[1]
 
 
 def test_nothing_to_export_and_a_file_in_the_way_are_errors(run: Run, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from demur import judges
 from demur.flows.card import CardResult, card, plan
 from demur.flows.carddata import CardData
@@ -128,6 +130,27 @@ def test_failed_prompts_are_asked_again_and_blocked_ones_are_not(server: Server,
     )
     gathered(server, tmp_path)
     assert asked(server) == []
+
+
+def test_a_kill_within_a_window_does_not_forget_what_was_blocked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(server, blocked={"q3", "q8"}, failed={"q5"})
+    commit, left = RunFolder.commit, iter(range(9))
+
+    def killed(run: RunFolder, rows: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        commit(run, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gathered(server, tmp_path)
+    asked(server)
+    serve(server, blocked=set(), failed=set())
+    assert gathered(server, tmp_path).lost == {"scores": {"p3": "blocked", "p8": "blocked"}}
+    assert set(asked(server)) == {"q5", *(f"q{i}" for i in range(12, N))}
 
 
 def test_a_first_table_from_tokens_says_it_too(server: Server, tmp_path: Path) -> None:

@@ -237,11 +237,21 @@ def test_out_of_memory_halves_the_budget_and_goes_on(message: str | None) -> Non
     assert crowded.notes
     assert "halved" in crowded.notes[0]
     assert runtime.notes == []
-    assert runtime.token_budget == 4096
     replies = list(runtime.with_edits(Crowded(2)).generate(MANY[:6], Condition(max_new_tokens=3)))
     assert [r.content for r in replies] == [
         r.content for r in runtime.generate(MANY[:6], Condition(max_new_tokens=3))
     ]
+
+
+def test_later_calls_begin_with_the_budget_that_memory_held(caplog: pytest.LogCaptureFixture) -> None:
+    runtime = tiny_runtime(control=True)
+    view = runtime.with_edits(Crowded(2))
+    list(view.score(MANY))
+    assert view.token_budget == runtime.token_budget < 4096
+    assert f"token budget halved to {runtime.token_budget}" in caplog.text
+    again = runtime.with_edits(Crowded(2))
+    list(again.score(MANY))
+    assert again.notes == []
 
 
 def test_out_of_memory_on_one_prompt_and_other_errors_are_raised() -> None:

@@ -266,7 +266,10 @@ def count_at_least(scores: FloatArray, taus: FloatArray) -> npt.NDArray[np.intp]
 
 
 def data_hash(*parts: Any) -> str:
-    """sha256 (16 hex digits) of calibration data, so that a held-out check can tell its own apart."""
+    """sha256 (16 hex digits) of calibration data, so that a held-out check can tell its own apart.
+
+    It is `calibration_hash` of a point, and not `PromptSet.hash`: other scores of the same prompts have another.
+    """
     h = hashlib.sha256()
     for part in parts:
         numeric = isinstance(part, np.ndarray) and part.dtype.kind in "bfiu"

@@ -60,7 +60,7 @@ def score(
     asked, _ = askable(runtime, prompts, condition)
     name, dtype = public_name(runtime.name), getattr(runtime, "dtype", None)
     with progress("scoring", out) as report:
-        rows = _warning(runtime.score(asked, condition, T=temperature, progress=report))
+        rows = scores_there_are(runtime.score(asked, condition, T=temperature, progress=report))
         told = (replace(r, model=name, fingerprint=runtime.fingerprint, dtype=dtype) for r in rows)
         write_rows(told, out)
 
@@ -133,8 +133,8 @@ def generate(
         warn(message)
 
 
-def _warning(scores: Iterable[Score]) -> Iterator[Score]:
-    """Pass scores on and name the prompts without one on stderr; an error when there is no score at all."""
+def scores_there_are(scores: Iterable[Score], lost: list[Unscored] | None = None) -> Iterator[Score]:
+    """Pass scores on and name the prompts without one on stderr, and in `lost`; an error when there is no score."""
     n = 0
     try:
         for n, score in enumerate(scores, 1):  # noqa: B007
@@ -143,6 +143,8 @@ def _warning(scores: Iterable[Score]) -> Iterator[Score]:
         if not n:
             raise
         warn(str(e))
+        if lost is not None:
+            lost.append(e)
 
 
 def _noting(replies: Iterable[Reply], failed: list[str]) -> Iterator[Reply]:

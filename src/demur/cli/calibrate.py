@@ -14,7 +14,7 @@ import typer
 
 from demur.cli import options as o
 from demur.cli.screen import progress, warn, write_report
-from demur.errors import InputError
+from demur.errors import InputError, Unscored
 from demur.files import dump_operating_point, load, read_rows
 from demur.report.render import to_text
 from demur.types import OperatingPoint, PromptSet, Report, Score
@@ -90,6 +90,7 @@ def calibrate(
     control_tokens: o.ControlTokens = None,
     dtype: o.Dtype = None,
     system: o.System = None,
+    request: o.Request = None,
     answers: Annotated[
         Answers,
         typer.Option(help="Who answers what is accepted: the model, or its base without the adapter."),
@@ -113,11 +114,18 @@ def calibrate(
     Writes an operating point (YAML), and on stderr what it costs. With --goal max-tpr the false refusals of
     look-alike harmless prompts stay within --alpha with probability 1 - --delta, jointly over categories; where
     the data cannot support that, it says how many prompts would. Ordinary prompts are harmless ones of no category.
-    With --check it also counts refusals among rows that were not calibrated on. --json prints all that as JSON on
-    stdout, and then the point needs a file (--out).
+    With --check it also counts refusals among rows that were not calibrated on. Prompts that an endpoint's filter
+    blocked, or whose requests failed, are in no figure: they are named on stderr and counted in the result. --json
+    prints all that as JSON on stdout, and then the point needs a file (--out).
     """
     columns = {"label": label, "group": group, "cluster": cluster}
-    own = {"adapter": adapter, "control_tokens": control_tokens, "dtype": dtype, "system": system}
+    own = {
+        "adapter": adapter,
+        "control_tokens": control_tokens,
+        "dtype": dtype,
+        "system": system,
+        "request": request,
+    }
     _check_goal(goal, rate, ordinary_alpha, of_table=score is not None)
     _check_source(score, model, columns, own)
     _check_prompts(prompts, check, check_prompts, joined=score is None and model is None)
@@ -132,17 +140,19 @@ def calibrate(
     if json and out == "-":
         raise InputError("--json prints the report on stdout; name a file for the operating point with --out")
     choice = {"alpha": alpha, "delta": delta, "goal": goal.value, "rate": rate}
+    about: dict[str, Any] = {}
     with _warnings_on_screen():
         if score is not None:
             point, checked = _from_table(file, check, {"score": score, **columns}, choice)
         elif model is not None:
             sets = [o.load_prompt_file(name, taxonomy) for name in (file, check) if name]
-            point, checked = _from_model(sets, model, own, choice, ordinary_alpha)
+            (point, checked), about["unscored"] = _from_model(sets, model, own, choice, ordinary_alpha)
         else:
             sets = [o.load_prompt_file(name, taxonomy) for name in (prompts, check_prompts) if name]
             point, checked = _from_scores(file, check, sets, choice, ordinary_alpha)
     point = replace(point, answers=answers.value)
     report = _report(point, checked)
+    report = replace(report, provenance={**report.provenance, **about})
     dump_operating_point(point, out)
     if json:
         write_report(report, True, "-")
@@ -265,7 +275,9 @@ def _from_model(
     own: Mapping[str, Any],
     choice: Mapping[str, Any],
     ordinary_alpha: float | None,
-) -> Result:
+) -> tuple[Result, dict[str, Any]]:
+    """The result, and what could not be scored: counts by set."""
+    from demur.cli.answers import scores_there_are
     from demur.flows.asking import askable
     from demur.flows.calibrating import check_held_out, fit, join, prompt_keys, refuse_shared
 
@@ -273,15 +285,23 @@ def _from_model(
         refuse_shared(map(prompt_keys, sets[0]), map(prompt_keys, sets[1]))
     condition = o.condition(system=own["system"])
     runtime = o.load_model(model, **{k: v for k, v in own.items() if k != "system"})
-    scored = []
-    for some in sets:
-        prompts, _ = askable(runtime, some, condition)
+    scored, unscored = [], {}
+    for what, some in zip(("calibrated_on", "checked_on"), sets, strict=False):
+        prompts, skipped = askable(runtime, some, condition)
+        lost: list[Unscored] = []
         with progress("scoring", "") as report:
-            scored.append(join(list(runtime.score(prompts, condition, progress=report)), prompts))
-    point = replace(
-        fit(scored[0], choice, ordinary_alpha),
-        model=runtime.name,
-        model_fingerprint=runtime.fingerprint,
-        dtype=runtime.dtype,
-    )
-    return point, check_held_out(point, scored[0], scored[1], ordinary_alpha) if sets[1:] else None
+            scores = scores_there_are(runtime.score(prompts, condition, progress=report), lost)
+            scored.append(join(list(scores), prompts))
+        unscored[what] = {
+            "prompts": len(some),
+            "skipped": len(skipped),
+            "blocked": sum(len(e.blocked) for e in lost),
+            "failed": sum(len(e.failed) for e in lost),
+        }
+    point = fit(scored[0], choice, ordinary_alpha)
+    if point.guarantee and (missing := len(sets[0]) - len(scored[0].scores)):
+        told = f"{missing} of its {len(sets[0])} prompts could not be scored; of such it says nothing."
+        point = replace(point, guarantee=f"{point.guarantee} {told}")
+    point = replace(point, model=runtime.name, model_fingerprint=runtime.fingerprint, dtype=runtime.dtype)
+    checked = check_held_out(point, scored[0], scored[1], ordinary_alpha) if sets[1:] else None
+    return (point, checked), unscored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,8 @@ def magic_tokens(
     prompts = PromptSet(prompts.name, tuple(stratified(prompts, min(limit, len(prompts)), settings.seed)))
     runtime = o.load_model(model, base_only=True)
     prompts = askable(runtime, prompts)[0]
+    if allow_refusal_lowering:
+        logging.getLogger("demur").warning("allowed: modes that answer prompts which should be refused")
     with _stages() as report:
         MagicTokens(settings).fit(
             runtime,

@@ -14,7 +14,7 @@ from demur.files import dumps_row, to_row, write_atomic
 from demur.flows.runs import WINDOW, Key, RunFolder, stored_row
 from demur.flows.settings import public_name
 from demur.judges.base import Judge, judge_all
-from demur.runtime.base import Decide, Progress, Runtime
+from demur.runtime.base import Decide, Progress, Runtime, ScoreStream
 from demur.runtime.batching import windows
 from demur.types import Condition, Prompt, PromptSet, Reply, Verdict
 
@@ -84,8 +84,13 @@ def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
     stream = stage.streams[0]
     lost = {i: why for i, why in run.unscored.get(stream, {}).items() if "blocked" in why}
     run.keep_unscored(stream, lost)
+
+    def keep(how: str, found: Mapping[str, str]) -> None:
+        if found.keys() - lost.keys():
+            lost.update({i: {how: why} for i, why in found.items()})
+            run.keep_unscored(stream, lost)
+
     try:
-        # what a window blocks is recorded at its end; its scores, where they are paid for, one by one
         for done, window in _open(run, stage, without=lost):
             tick(done)
             progress = _shift(tick, done, 1)
@@ -94,12 +99,13 @@ def _scores(run: RunFolder, stage: Stage, tick: Tick) -> None:
                 run.commit({stream: [to_row(s) for s in rows]})
                 continue
             try:
-                for row in rows:
+                for row in rows:  # paid for, so written down one by one
                     run.commit({stream: [to_row(row)]})
+                    if isinstance(rows, ScoreStream):
+                        keep("blocked", rows.blocked)
             except Unscored as e:
-                lost |= {i: {"blocked": why} for i, why in e.blocked.items()}
-                lost |= {i: {"failed": why} for i, why in e.failed.items()}
-                run.keep_unscored(stream, lost)
+                keep("blocked", e.blocked)
+                keep("failed", e.failed)
         run.note(stage.name, None)
     except CapabilityError as e:
         run.note(stage.name, str(e).replace(stage.runtime.name, public_name(stage.runtime.name)))

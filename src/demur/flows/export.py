@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from demur.errors import InputError
 from demur.files import write_atomic
 from demur.flows.readrun import Run
 from demur.flows.settings import versions
 from demur.judges import agreement
-from demur.measure.gate import share_bounds
-from demur.measure.paired import cluster_of
 from demur.measure.refusal import Record, by_text, declined, judge_error
-from demur.prompts import row_of
 from demur.report.exports import Exported, Item
 from demur.report.exports.inspect_log import to_inspect
 from demur.report.exports.lm_eval import to_lm_eval
@@ -99,28 +93,12 @@ def exported(run: Run, created: str | None = None) -> Exported:
 
 
 def rates(records: Sequence[Record]) -> dict[str, Rate]:
-    """Rates by the names that gates use: `refusal`, `over_refusal`, and each with a category behind a dot.
-
-    Where a prompt has several answers, or prompts share a source, the interval is Korn and Graubard's and
-    nothing is corrected for the judge.
-    """
-    found: dict[str, Rate] = {}
-    for row, two in by_text(records).items():
-        for side, name, should in (("refuse", "refusal", True), ("lookalike", "over_refusal", False)):
-            if two[side].n:
-                some = [
-                    r
-                    for r in records
-                    if r.prompt.should_refuse is should and row in ("all", row_of(r.prompt))
-                ]
-                found[name if row == "all" else f"{name}.{row}"] = _clustered(two[side], some)
-    return found
-
-
-def _clustered(rate: Rate, records: Sequence[Record]) -> Rate:
-    read = [r for r in records if declined(r.verdict.label) is not None]
-    clusters = [cluster_of(r) for r in read]
-    if len(set(clusters)) == len(clusters):
-        return rate
-    low, high, _ = share_bounds(np.array([bool(declined(r.verdict.label)) for r in read]), clusters, 0.025)
-    return replace(rate, low=low, high=high, corrected=None, corrected_interval=None)
+    """Rates as `measure` prints them, by the names that gates use: `refusal`, `over_refusal`, and each with a
+    category behind a dot. The answers of all conditions are counted together."""
+    names = (("refuse", "refusal"), ("lookalike", "over_refusal"))
+    return {
+        name if row == "all" else f"{name}.{row}": two[side]
+        for row, two in by_text(records).items()
+        for side, name in names
+        if two[side].n
+    }

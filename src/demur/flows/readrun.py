@@ -112,12 +112,13 @@ def _folder(run: RunFolder, judge: Judge | None) -> Run:
         raise InputError(f"{run.path}: holds no prompts.jsonl, so it is no finished run; run it again")
     replies, verdicts = {}, {}
     for streams in (c["streams"] for c in config.get("conditions", [{"streams": ("replies", "verdicts")}])):
+        files = [str(run.file(name)) for name in streams]
         for n, row in enumerate(run.rows(streams[0]), 1):
             withheld = row.pop("withheld", None)
-            reply = from_row(Reply, row, f"{run.file(streams[0])}, line {n}")
+            reply = from_row(Reply, row, f"{files[0]}, line {n}")
             replies[_key(reply)] = StoredReply(reply, withheld)
         for n, row in enumerate(run.rows(streams[1]), 1):
-            verdict = from_row(Verdict, row, f"{run.file(streams[1])}, line {n}")
+            verdict = from_row(Verdict, row, f"{files[1]}, line {n}")
             verdicts[_key(verdict)] = verdict
     if not verdicts:
         raise InputError(f"{run.path}: holds no judged answers; a run of scores alone cannot be compared")

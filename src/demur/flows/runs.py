@@ -330,8 +330,9 @@ class RunFolder:
         return PromptSet(name, found) if found else None
 
     def _nouns(self, name: str, read: Callable[[Row, str], Any]) -> Iterator[Any]:
+        file = str(self.file(name))
         for n, row in enumerate(self.rows(name), 1):
-            yield read(row, f"{self.file(name)}, line {n}")
+            yield read(row, f"{file}, line {n}")
 
     def _lines(self, name: str) -> Iterator[tuple[bytes, Row]]:
         """Whole lines with their parsed rows, up to the first torn one."""

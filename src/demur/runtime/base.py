@@ -34,6 +34,16 @@ class Progress(Protocol):
         """Take in the state of a long job."""
 
 
+class ScoreStream(Iterator[Score]):
+    """Scores of prompts some of which may be blocked: `blocked` holds {prompt id: reason} as far as it was read."""
+
+    def __init__(self, scores: Iterator[Score], blocked: Mapping[str, str]) -> None:
+        self._scores, self.blocked = scores, blocked
+
+    def __next__(self) -> Score:
+        return next(self._scores)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlTokens:
     """Category names and the one token id that stands for each.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -37,7 +38,7 @@ class LocalRuntime(Runtime):
         name: what to call it. fingerprint: identifies its bytes.
         control: names of its control tokens, if it has any.
         edits: changes of the forward pass, installed in this order.
-        token_budget: padded tokens per batch; halved when memory runs out.
+        token_budget: padded tokens per batch; halved, for all views of the model, when memory runs out.
         template: Jinja source of a chat template, instead of the tokenizer's.
         thinking: False closes the thinking block before the answer; None leaves it to the template.
 
@@ -66,7 +67,8 @@ class LocalRuntime(Runtime):
         thinking: bool | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.fingerprint = model.eval(), tokenizer, name, fingerprint
-        self.control, self.edits, self.token_budget = control, tuple(edits), token_budget
+        self.control, self.edits = control, tuple(edits)
+        self._budget = [token_budget]  # one list for all views: what does not fit for one fits for none
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.notes: list[str] = []
         self.chat = ChatFormat(
@@ -119,6 +121,11 @@ class LocalRuntime(Runtime):
             )
             view._check_control()
         return view
+
+    @property
+    def token_budget(self) -> int:
+        """Padded tokens per batch, as far as memory has held them."""
+        return self._budget[0]
 
     # --- the three verbs ------------------------------------------------------------------------------------
 
@@ -303,8 +310,10 @@ class LocalRuntime(Runtime):
             raise error
         if len(batch) == 1:
             raise DemurError(f"out of memory on a single prompt of {lengths[batch[0]]} tokens") from error
-        self.token_budget = max(1, min(self.token_budget, max(lengths[i] for i in batch) * len(batch)) // 2)
+        failed = max(lengths[i] for i in batch) * len(batch)
+        self._budget[0] = max(1, min(self.token_budget, failed) // 2)
         self.notes.append(f"out of memory: token budget halved to {self.token_budget}")
+        logging.getLogger("demur").warning("%s: %s", self.name, self.notes[-1])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [[rest[i] for i in b] for b in batching.plan([lengths[i] for i in rest], self.token_budget)]

@@ -22,7 +22,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from demur.errors import CapabilityError, InputError, Unscored
 from demur.runtime import next_words
-from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime
+from demur.runtime.base import REFUSAL_OPENINGS, ControlTokens, Decide, Progress, Runtime, ScoreStream
 from demur.runtime.shapes import reply_from_error, reply_from_openai
 from demur.runtime.transport import TransientError, ordered, public, seconds, wait
 from demur.types import RESPOND, Condition, Prompt, Reply, Score
@@ -202,7 +202,8 @@ class OpenAIRuntime(Runtime):
         async def ask(client: httpx.AsyncClient, prompt: Prompt) -> Score | Reply:
             return await self._score(client, prompt, where)
 
-        return _scored(self._run(ask, prompts, progress))
+        blocked: dict[str, str] = {}
+        return ScoreStream(_scored(self._run(ask, prompts, progress), blocked), blocked)
 
     def next_words(
         self,
@@ -443,9 +444,8 @@ class OpenAIRuntime(Runtime):
                 yield result
 
 
-def _scored(results: Generator[Score | Reply, None, None]) -> Iterator[Score]:
-    """The scores among the results; in the end `Unscored`, if there are replies."""
-    blocked: dict[str, str] = {}
+def _scored(results: Generator[Score | Reply, None, None], blocked: dict[str, str]) -> Iterator[Score]:
+    """The scores among the results; in the end `Unscored`, if there are replies. Fills `blocked` on the way."""
     failed: dict[str, str] = {}
     n = 0
     with closing(results):

@@ -248,7 +248,7 @@ def _check(
         Decision(point, shipped=shipped, allow_refusal_lowering=allowed)
     except RefusalLowering as e:
         raise RefusalLowering(
-            f"{e}. For vLLM: allow_refusal_lowering: true in the file of {SETTINGS_ENV}"
+            f"{e.args[0]}. For vLLM: allow_refusal_lowering: true in the file of {SETTINGS_ENV}"
         ) from None
 
 

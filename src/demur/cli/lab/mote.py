@@ -79,9 +79,9 @@ def run(
     from demur.runtime.local import LocalRuntime
 
     if show and not lower:
-        raise RefusalLowering(
-            "--show-experts names what can be switched off to lower refusal; give --allow-refusal-lowering with it"
-        )
+        raise RefusalLowering("--show-experts names what can be switched off to lower refusal")
+    if answers and not lower:
+        raise RefusalLowering("--answers writes answers with experts off, which may lower refusal")
     rows = mote.load_rows(file)
     others = mote.load_rows(second) if second else []
     runtime = o.load_model(model, control_tokens=control_tokens)
@@ -99,10 +99,6 @@ def run(
             audit.switch(mode, masks)
             if answers:
                 audit.answer(mode)
-        elif answers:
-            raise RefusalLowering(
-                "--answers writes answers with experts off; give --allow-refusal-lowering with it"
-            )
     report = audit.report(show, {"mode": mode, "weighting": weighting, "k": k, "judge": judge})
     if out is not None:
         write_atomic(out, to_json(report))
