@@ -35,7 +35,7 @@ Item = tuple[str, str, bool]
 
 def items_of(found: Iterable[LabelledReply]) -> list[Item]:
     """(request, answer, declined by people) of the answers that are there."""
-    return [(i.prompt.text, i.reply.content, i.declined) for i in found if i.reply is not None]
+    return [(i.prompt.text, i.reply.content, i.positive) for i in found if i.reply is not None]
 
 
 def xstest(model: str, half: bool = False) -> list[Item]:
@@ -45,7 +45,7 @@ def xstest(model: str, half: bool = False) -> list[Item]:
 
 def medical(declined: bool) -> list[Item]:
     """Answers of doctors, or planted refusals."""
-    return items_of(i for i in medical_items() if i.declined == declined)
+    return items_of(i for i in medical_items() if i.positive == declined)
 
 
 def verdicts(judge: judges.Judge, items: Sequence[Item]) -> list[Verdict]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from demur import judges
+from demur.cli.judge import judge_error
 from demur.errors import DataUnavailable, InputError
 from demur.judges import Agreement, agreement
 from demur.judges.labelled_sets import DECLINED, LABELLED_SETS, XSTEST_MODELS, LabelledReply, LabelledSet
@@ -120,6 +121,61 @@ def test_off_topic_counts_where_the_set_says_so() -> None:
         assert row.sensitivity == sensitivity
 
 
+class Harm:
+    """Calls what says "step" harmful, and does not read what is short."""
+
+    id, definition, scale = "harm/j", "x", "harm"
+
+    def judge(self, prompt: Prompt, reply: Reply) -> Verdict:
+        label = "harmful" if "step" in reply.content else "not_harmful"
+        return Verdict(
+            prompt_id=prompt.id,
+            label=label if len(reply.content) > 3 else "unparsed",
+            judge=self.id,
+            scale="harm",
+        )
+
+
+def test_a_judge_of_harm_is_measured_where_people_labelled_harm(tmp_path: Path) -> None:
+    texts = [
+        ("First step", True),
+        ("Second idea", True),
+        ("Next step", False),
+        ("Fine.", False),
+        ("?", False),
+    ]
+    items = [item(i, *pair) for i, pair in enumerate([*texts, (None, True)])]
+    sets = [
+        LabelledSet(name="refused", definition="x", items=lambda: iter(items)),
+        LabelledSet(name="harmed", definition="jailbroken", scale="harm", items=lambda: iter(items)),
+    ]
+    (row,) = agreement.validate([Harm()], sets=sets)
+    assert (row.dataset, row.scale, row.n_pos, row.n_neg) == ("harmed", "harm", 2, 2)
+    assert (row.sensitivity, row.specificity, row.unread, row.dropped) == (0.5, 0.5, 1, 1)
+    assert {r.dataset for r in agreement.validate([judges.get("rules/demur-v1")], sets=sets)} == {"refused"}
+    with pytest.raises(InputError, match="judges harm, and people labelled refusal in d"):
+        judges.measure_agreement(Harm(), items, dataset="d", definition="x")
+
+    agreement.write([row], tmp_path / "a.json")
+    assert agreement.read(tmp_path / "a.json") == [row]
+    (table,) = agreement.tables([row])
+    assert "harmful found" in table.columns
+    with agreement.adding([row]):
+        assert judge_error(row.judge).endswith(
+            "50% of 2 harmful found, 50% of 2 other answers called harmful"
+        )
+
+
+@needs_data
+def test_harm_labels_of_people_are_read() -> None:
+    (jbb,) = [s for s in LABELLED_SETS if s.scale == "harm"]
+    items = list(jbb.items())
+    assert len(items) == 300 and sum(i.reply is not None for i in items) == 111
+    assert all(not i.positive for i in items if i.reply is not None)  # the others' texts are not handed on
+    # three people's majority by kind of request, as in the published comparison
+    assert sum(i.positive for i in items) == sum(i.positive for i in items if "attacked" in i.strata) == 110
+
+
 def test_a_tuned_judge_is_measured_on_the_unseen_half_and_missing_sets_are_skipped() -> None:
     def items() -> Iterator[LabelledReply]:
         for i, seen in enumerate([True, False, False]):
@@ -179,9 +235,10 @@ def test_packaged_table_is_readable_and_meets_the_bar() -> None:
 
 
 def test_every_shipped_judge_of_texts_is_in_the_table() -> None:
+    of_refusals = {s.name for s in LABELLED_SETS if s.scale == "refusal"}
     for judge in judges.available():
         if judge != "first_token/control-v1":
-            assert {r.dataset for r in judges.measured_error(judge)} == {s.name for s in LABELLED_SETS}, judge
+            assert {r.dataset for r in judges.measured_error(judge)} == of_refusals, judge
 
 
 @needs_data

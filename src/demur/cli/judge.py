@@ -173,7 +173,7 @@ def _validate(chosen: list[tuple[Judge, bool]], as_json: bool, out: str) -> None
             rows += agreement.validate([one], missing=warn, clock=clock, progress=report)
     report_of = Report(
         title="Judges against people",
-        tables=(agreement.table(rows),),
+        tables=agreement.tables(rows),
         values={"rows": [asdict(r) for r in rows]},
     )
     if out != "-":
@@ -207,10 +207,10 @@ def judge_error(judge_id: str) -> str:
         return f"{judge_id} has not been measured against people{agreement.others_added(judge_id)}."
     lines = []
     for a in (a for a in found if a.stratum == "all"):
-        said = []
+        said, what = [], "refusals" if a.scale == "refusal" else "harmful"
         if a.sensitivity is not None:
-            said.append(f"{percent(a.sensitivity)} of {a.n_pos} refusals found")
+            said.append(f"{percent(a.sensitivity)} of {a.n_pos} {what} found")
         if a.specificity is not None:
-            said.append(f"{percent(1 - a.specificity)} of {a.n_neg} other answers called refusals")
+            said.append(f"{percent(1 - a.specificity)} of {a.n_neg} other answers called {what}")
         lines.append(f"  {a.dataset}: {', '.join(said)}")
     return "\n".join([f"{judge_id} against people:", *lines])

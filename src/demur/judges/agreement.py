@@ -23,7 +23,7 @@ from typing import Any
 from demur import stats
 from demur.errors import DataUnavailable, InputError
 from demur.files import from_row, parse_json, read_text, write_atomic
-from demur.judges.base import Judge, Progress, judge_all
+from demur.judges.base import Judge, Progress, Scale, judge_all, positive
 from demur.judges.labelled_sets import DECLINED, LABELLED_SETS, TUNED, LabelledReply, LabelledSet
 from demur.types import (
     DECLINING,
@@ -41,12 +41,12 @@ from demur.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """One judge against people in one stratum; positive = any refusal.
+    """One judge against people in one stratum; positive = any refusal, on the harm scale = harmful.
 
     Attributes:
         stratum: "all", or a part of the set: "safe", "unsafe", a model's name, "model, safe", a source.
-        definition: what the people took for a refusal.
-        n_pos, n_neg: refusals and compliances by the human label among the answers that the judge could read.
+        definition: what the people took for a refusal, or for harm.
+        n_pos, n_neg: positives and negatives by the human label among the answers that the judge could read.
         unread: answers left out because the judge gave no readable label.
         dropped: answers missing in the set.
         sensitivity, specificity: with 95 % Wilson intervals; None where there is no such answer.
@@ -73,6 +73,7 @@ class Agreement:
     macro_kappa: float | None = None
     items_per_second: int | None = None
     language: str = "en"
+    scale: Scale = "refusal"
     note: str = ""
 
 
@@ -83,6 +84,7 @@ def measure_agreement(
     dataset: str,
     definition: str,
     note: str = "",
+    scale: Scale = "refusal",
     refusals: frozenset[Label] = DECLINED,
     language: str = "en",
     clock: Callable[[], float] = time.process_time,
@@ -92,11 +94,11 @@ def measure_agreement(
 
     Args:
         items: prompts of one `group` are one draw for an interval.
-        refusals: labels of the judge that count as refusal.
+        scale: what people labelled. refusals: labels of a judge of refusals that count as refusal.
         clock: seconds of what the speed counts; `time.perf_counter` for a judge that waits for an endpoint.
 
     Raises:
-        InputError: a judge of harm.
+        InputError: a judge of the other scale.
 
     >>> from demur.judges import get
     >>> item = LabelledReply(Prompt.of("Hi"), Reply(prompt_id="prompt", content="Sorry, I can't."), True)
@@ -108,13 +110,12 @@ def measure_agreement(
     start = clock()
     verdicts = judge_all(judge, pairs, progress)
     seconds = max(clock() - start, 1e-6)
-    if any(v.scale != "refusal" for v in verdicts):
-        raise InputError(f"{judge.id} judges harm, and people labelled refusal in {dataset}")
-    labels = iter([v.label for v in verdicts])
+    if other := next((v.scale for v in verdicts if v.scale != scale), None):
+        raise InputError(f"{judge.id} judges {other}, and people labelled {scale} in {dataset}")
+    given = iter(verdicts)
     found: dict[str, list[tuple[LabelledReply, bool | None]]] = {}
     for item in every:
-        label = next(labels) if item.reply is not None else None
-        said = None if label is None or label in UNREADABLE else label in refusals
+        said = None if item.reply is None else _said(next(given), refusals)
         for stratum in item.strata:
             found.setdefault(stratum, []).append((item, said))
     about: dict[str, Any] = {
@@ -122,6 +123,7 @@ def measure_agreement(
         "dataset": dataset,
         "definition": definition,
         "language": language,
+        "scale": scale,
         "note": note,
     }
     rows = {s: _row(about, s, of_one) for s, of_one in found.items()}
@@ -134,17 +136,24 @@ def measure_agreement(
     return list(rows.values())
 
 
+def _said(verdict: Verdict, refusals: frozenset[Label]) -> bool | None:
+    """Yes or no of a verdict, None where it was not read; `refusals` is yes on the refusal scale."""
+    if verdict.scale == "harm" or verdict.label in UNREADABLE:
+        return positive(verdict)
+    return verdict.label in refusals
+
+
 def _row(
     about: dict[str, Any], stratum: str, found: Sequence[tuple[LabelledReply, bool | None]]
 ) -> Agreement:
     read = [(item, said) for item, said in found if said is not None]
-    positive = [(said, item) for item, said in read if item.declined]
-    negative = [(not said, item) for item, said in read if not item.declined]
-    se, sp = (_share([(right, i.prompt) for right, i in some]) for some in (positive, negative))
-    n_pos, n_neg = len(positive), len(negative)
+    yes = [(said, item) for item, said in read if item.positive]
+    no = [(not said, item) for item, said in read if not item.positive]
+    se, sp = (_share([(right, i.prompt) for right, i in some]) for some in (yes, no))
+    n_pos, n_neg = len(yes), len(no)
     # where people used one label only, kappa is 0 whatever the judge says: undefined rather than bad
     both = n_pos and n_neg
-    kappa = stats.cohen_kappa([s for _, s in read], [i.declined for i, _ in read]) if both else None
+    kappa = stats.cohen_kappa([s for _, s in read], [i.positive for i, _ in read]) if both else None
     return Agreement(
         **about,
         stratum=stratum,
@@ -316,7 +325,7 @@ def validate(
     clock: Callable[[], float] = time.process_time,
     progress: Progress | None = None,
 ) -> list[Agreement]:
-    """Measure judges on the human-labelled sets; a judge that reads nothing of a set has no row there.
+    """Measure judges on the human-labelled sets of their scale; one that reads nothing of a set has no row there.
 
     `rules/demur-v1`, and the classifier that takes its phrases, are measured on the half of a set that it was not
     tuned on.
@@ -339,7 +348,10 @@ def validate(
         raise DataUnavailable("none of the human-labelled sets is at hand, so no judge can be measured")
     rows: list[Agreement] = []
     for judge in judges:
+        scale = getattr(judge, "scale", "refusal")
         for one, items in loaded:
+            if one.scale != scale:
+                continue
             half = judge.id in TUNED and bool(one.tuned)
             found = measure_agreement(
                 judge,
@@ -347,6 +359,7 @@ def validate(
                 dataset=one.name,
                 definition=one.definition,
                 note="; ".join(filter(None, (one.tuned if half else "", one.note))),
+                scale=scale,
                 refusals=one.refusals,
                 language=one.language,
                 clock=clock,
@@ -358,7 +371,7 @@ def validate(
 
 def write(rows: Sequence[Agreement], path: str | Path) -> None:
     """Write rows as the JSON that `measured_error` reads."""
-    shared, optional = ("definition", "language"), ("macro_kappa", "items_per_second", "note")
+    shared, optional = ("definition", "language", "scale"), ("macro_kappa", "items_per_second", "note")
     sets = {r.dataset: {k: getattr(r, k) for k in shared} for r in rows}
     kept = [
         {k: v for k, v in dataclasses.asdict(r).items() if k not in shared and (v or k not in optional)}
@@ -369,19 +382,20 @@ def write(rows: Sequence[Agreement], path: str | Path) -> None:
     write_atomic(path, f'{{"schema_version": {SCHEMA_VERSION}, "sets": {head}, "rows": [\n{lines}\n]}}\n')
 
 
-def table(rows: Sequence[Agreement]) -> Table:
-    """Rows as a table for people."""
-    columns = (
-        "judge",
-        "set",
-        "stratum",
-        "refusals found",
-        "answers found",
-        "kappa",
-        "macro",
-        "unread",
-        "per s",
-    )
+_YES_NO: dict[Scale, tuple[str, str]] = {
+    "refusal": ("refusals found", "answers found"),
+    "harm": ("harmful found", "harmless found"),
+}
+
+
+def tables(rows: Sequence[Agreement]) -> tuple[Table, ...]:
+    """Rows as tables for people, one for each scale."""
+    by_scale = {scale: [r for r in rows if r.scale == scale] for scale in _YES_NO}
+    return tuple(_table(some, _YES_NO[scale]) for scale, some in by_scale.items() if some)
+
+
+def _table(rows: Sequence[Agreement], found: tuple[str, str]) -> Table:
+    columns = ("judge", "set", "stratum", *found, "kappa", "macro", "unread", "no text", "per s")
     cells = tuple(
         (
             r.judge,
@@ -392,12 +406,14 @@ def table(rows: Sequence[Agreement]) -> Table:
             r.kappa,
             r.macro_kappa,
             r.unread,
+            r.dropped,
             r.items_per_second,
         )
         for r in rows
     )
     note = (
-        "Shares of what people called a refusal (an answer) that the judge calls one too, with 95% intervals."
+        "Shares of what people called so that the judge calls so too, with 95% intervals. No text: labelled "
+        "answers that the set does not hold."
     )
     return Table("Agreement with people", columns, cells, note)
 

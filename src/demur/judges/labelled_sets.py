@@ -1,9 +1,9 @@
 """Answers that people have labelled, set by set, for measuring judges.
 
-Sets differ in what they call a refusal, so each carries its definition; positive is always "any refusal". Nothing
-is shipped: the files come from `demur.data`. `rules/demur-v1` was tuned on one half of two of the sets (an even
-first byte of the sha256 of the id); it and the classifier that takes its phrases are measured on the other. Other
-judges saw none of them and are measured on all rows.
+Sets differ in what they call a refusal, or harm, so each carries its definition; positive is always "any refusal",
+or "harmful" in a set on the harm scale. Nothing is shipped: the files come from `demur.data`. `rules/demur-v1` was
+tuned on one half of two of the sets (an even first byte of the sha256 of the id); it and the classifier that takes
+its phrases are measured on the other. Other judges saw none of them and are measured on all rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from demur import data
 from demur.files import iter_jsonl
+from demur.judges.base import Scale
 from demur.types import DECLINING, Label, Prompt, Reply
 
 DECLINED = DECLINING | {Label.BLOCKED}
@@ -29,12 +30,13 @@ _CURLY = "\u2019"
 class LabelledReply:
     """A reply that a person has labelled; None where the set dropped its text (counted, not judged).
 
+    `positive` is what the person found: that it declines, or on the harm scale that it is harmful.
     `strata` are the groups that it is counted in; those in `models` are models' names and enter the macro kappa.
     """
 
     prompt: Prompt
     reply: Reply | None
-    declined: bool
+    positive: bool
     strata: tuple[str, ...] = ("all",)
     model: str | None = None
     seen: bool = False
@@ -46,7 +48,8 @@ class LabelledSet:
     """A human-labelled set.
 
     Attributes:
-        definition: what its people took for a refusal.
+        definition: what its people took for a refusal, or for harm.
+        scale: what they labelled, and so which judges are measured on it.
         items: reads it; raises DataUnavailable where it is not at hand.
         refusals: labels of a judge that count as refusal by that definition.
         note: what to know before quoting a figure. tuned: more of that for the judge that saw half of it.
@@ -56,6 +59,7 @@ class LabelledSet:
     name: str
     definition: str
     items: Callable[[], Iterator[LabelledReply]]
+    scale: Scale = "refusal"
     refusals: frozenset[Label] = DECLINED
     note: str = ""
     tuned: str = ""
@@ -76,7 +80,7 @@ def xstest_items(models: Sequence[str] | None = None) -> Iterator[LabelledReply]
                 f"{model}/{row['id']}",
                 row["prompt"],
                 row["completion"],
-                declined=not row["final_label"].startswith("1_"),
+                positive=not row["final_label"].startswith("1_"),
                 strata=("all", kind, model, f"{model}, {kind}"),
                 model=model,
                 seen=not held_out(row["id"]),
@@ -98,7 +102,7 @@ def blackbox_items() -> Iterator[LabelledReply]:
                 str(row["row"]),
                 row["prompt"] or "",
                 row["response"] or None,
-                declined=row["tone"] == "rejected",
+                positive=row["tone"] == "rejected",
                 strata=("all", row["source"]),
                 seen=not held_out(str(row["row"])),
             )
@@ -110,15 +114,27 @@ def pyrit_items() -> Iterator[LabelledReply]:
     more = first.with_name("refusal_extra.jsonl")  # upstream's second file, where somebody has it
     rows = [*iter_jsonl(first), *(iter_jsonl(more) if more.is_file() else ())]
     for i, row in enumerate(rows):
-        declined = row["human_refusal"] == 1
-        yield _item(str(i), row["objective"] or "", row["response"], declined=declined)
+        positive = row["human_refusal"] == 1
+        yield _item(str(i), row["objective"] or "", row["response"], positive=positive)
 
 
 def jbb_items() -> Iterator[LabelledReply]:
     """Refusals among JailbreakBench's attacked answers: nobody called them jailbroken and they open by refusing."""
     for row in iter_jsonl(data.get("jbb_judge_comparison", "labels.jsonl")):
         if row["attacked"] and row["response"] is not None:
-            yield _item(str(row["index"]), row["goal"] or "", row["response"], declined=True)
+            yield _item(str(row["index"]), row["goal"] or "", row["response"], positive=True)
+
+
+def jbb_harm_items() -> Iterator[LabelledReply]:
+    """JailbreakBench: whether most of three people called an answer jailbroken, by attacked and benign requests."""
+    for row in iter_jsonl(data.get("jbb_judge_comparison", "labels.jsonl")):
+        yield _item(
+            str(row["index"]),
+            row["goal"] or "",
+            row["response"],
+            positive=row["human_majority"] == 1,
+            strata=("all", "attacked" if row["attacked"] else "benign"),
+        )
 
 
 def medical_items() -> Iterator[LabelledReply]:
@@ -131,7 +147,7 @@ def medical_items() -> Iterator[LabelledReply]:
                 f"{row['pair_id']}{side}",
                 row[f"prompt_{side}"],
                 text,
-                declined=row[f"label_{side}"] == "refusal",
+                positive=row[f"label_{side}"] == "refusal",
                 strata=("all", quote),
                 group=text if side == "a" else None,
             )
@@ -142,14 +158,14 @@ def _item(
     text: str,
     content: str | None,
     *,
-    declined: bool,
+    positive: bool,
     strata: tuple[str, ...] = ("all",),
     model: str | None = None,
     seen: bool = False,
     group: str | None = None,
 ) -> LabelledReply:
     reply = None if content is None else Reply(prompt_id=id, content=content, finish_reason="stop")
-    return LabelledReply(Prompt.of(text, id=id, group=group), reply, declined, strata, model, seen)
+    return LabelledReply(Prompt.of(text, id=id, group=group), reply, positive, strata, model, seen)
 
 
 LABELLED_SETS: tuple[LabelledSet, ...] = (
@@ -186,6 +202,16 @@ LABELLED_SETS: tuple[LabelledSet, ...] = (
             "benign rows are left out, since not jailbroken says nothing on refusing there"
         ),
         items=jbb_items,
+    ),
+    LabelledSet(
+        name="jbb_harm",
+        definition="JailbreakBench, majority of three people: the answer is jailbroken",
+        scale="harm",
+        note=(
+            "answers that a person or one of four judges called jailbroken are not in this copy, and attacked ones "
+            "are there only where they open with a refusal: no sensitivity, and a flattered specificity"
+        ),
+        items=jbb_harm_items,
     ),
     LabelledSet(
         name="subversive-alignment-injection",
