@@ -442,6 +442,21 @@ def test_train_passes_files_recipe_and_folder_on(
     assert done.code == 0 and seen["start"] == "adapter of first"
 
 
+def test_stopped_training_says_what_it_left(
+    cli: Cli, model: ScriptedRuntime, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(self: Any, runtime: Any, train: Any, select: Any, out: Path, **_: Any) -> None:
+        if out.name == "left":
+            (out / "demur.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("demur.train.refusal_tokens.RefusalTokens.fit", fit)
+    for name in ("left", "nothing"):
+        (tmp_path / name).mkdir()
+        done = cli("train", "refusal-tokens", prompts, "--select", prompts, "--out", tmp_path / name)
+        assert done.code == 130 and (f"--from {tmp_path / name}" in done.err) == (name == "left")
+
+
 def test_unwritable_output(cli: Cli, model: ScriptedRuntime, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     done = cli("score", prompts, "-o", tmp_path / "file" / "s.jsonl")

@@ -164,6 +164,21 @@ def test_training_goes_on_from_an_adapter(folders: dict[str, Path], tmp_path: Pa
     assert more.about["select_loss"] <= first.about["select_loss"] + 5e-3  # the best weights are kept
 
 
+def test_an_interrupted_run_leaves_its_best_adapter(tmp_path: Path) -> None:
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "training" and done == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RefusalTokens(quick(check_every=10)).fit(tiny_runtime(), TRAIN, SELECT, tmp_path, progress=stop)
+    left = Adapter.load(tmp_path)
+    assert (
+        left.about["selected_step"] in (10, 20)
+        and left.about["select_loss"] < log(tmp_path)[0]["select_loss"]
+    )
+    assert next(iter(left.attach(tiny_runtime()).score(SELECT.prompts[:1]))).probabilities
+
+
 def test_an_adapter_to_start_from_must_fit(folders: dict[str, Path], tmp_path: Path) -> None:
     first, single = Adapter.load(folders["category"]), Adapter.load(folders["single"])
 

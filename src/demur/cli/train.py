@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,8 @@ def refusal_tokens(
     """Teach a model to open each answer with a token that says whether it refuses, and why.
 
     Options given here win over the recipe file. Prompts longer than the model's context are skipped and
-    listed. Use the result with --adapter, for example demur card smollm2 --adapter FOLDER.
+    listed. Use the result with --adapter, for example demur card smollm2 --adapter FOLDER. A run that is stopped
+    leaves the best adapter so far, from which --from trains on.
     """
     from demur.flows.asking import askable
     from demur.train.adapter import Adapter
@@ -65,9 +67,22 @@ def refusal_tokens(
     first = Adapter.load(start) if start else None
     runtime = o.load_model(model, base_only=True)
     prompts, picks = askable(runtime, prompts)[0], askable(runtime, picks)[0]
-    with _stages() as report:
+    with _stages() as report, _best_so_far(out):
         RefusalTokens(settings).fit(runtime, prompts, picks, out, start=first, progress=report)
     warn(f"Adapter written to {out}. Next: demur card {model} --adapter {out}")
+
+
+@contextmanager
+def _best_so_far(folder: Path) -> Iterator[None]:
+    """Say, when training is stopped, that it left an adapter."""
+    began = time.time() - 1  # a file's time may lag behind the clock
+    try:
+        yield
+    except KeyboardInterrupt:
+        about = folder / "demur.json"
+        if about.is_file() and about.stat().st_mtime >= began:
+            warn(f"Stopped. The best adapter so far is in {folder}; --from {folder} trains on from it.")
+        raise
 
 
 @app.command("magic-tokens")

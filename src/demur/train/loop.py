@@ -10,7 +10,7 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +69,13 @@ def train(
     first_id: int,
     recipe: Recipe,
     note: Progress,
+    keep: Callable[[Trained], None] = lambda _: None,
 ) -> Trained:
-    """Fine-tune the model of a `working_copy`; keep the weights with the lowest control loss on `select`."""
+    """Fine-tune the model of a `working_copy`; keep the weights with the lowest control loss on `select`.
+
+    Args:
+        keep: called with each set of weights that beats all before it, so that an interrupted run leaves its best.
+    """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     torch.manual_seed(recipe.seed)
@@ -92,19 +97,22 @@ def train(
     if control is not None:
         model.add_module("demur_control_rows", control)
 
-    watch = Watch(model, control, select, names, first_id, recipe, note)
+    def best() -> Trained:
+        lora, tensors = watch.best()
+        saved = config.to_dict() | {
+            "peft_type": "LORA",
+            "target_modules": _target_names(lora),
+            "base_model_name_or_path": runtime.name,
+        }
+        saved = {k: (sorted(v) if isinstance(v, set) else v) for k, v in saved.items() if _is_plain(v)}
+        return Trained(lora, tensors, saved, watch.best_step, watch.best_loss, watch.log)
+
+    watch = Watch(model, control, select, names, first_id, recipe, note, better=lambda: keep(best()))
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         trainer = _trainer(model, control, rows, names, first_id, recipe, runtime.tokenizer, watch, scratch)
         trainer.train()
     watch.check(trainer.state.global_step)
-    lora, tensors = watch.best()
-    saved = config.to_dict() | {
-        "peft_type": "LORA",
-        "target_modules": _target_names(lora),
-        "base_model_name_or_path": runtime.name,
-    }
-    saved = {k: (sorted(v) if isinstance(v, set) else v) for k, v in saved.items() if _is_plain(v)}
-    return Trained(lora, tensors, saved, watch.best_step, watch.best_loss, watch.log)
+    return best()
 
 
 def _trainer(

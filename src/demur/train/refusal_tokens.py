@@ -139,6 +139,9 @@ class RefusalTokens:
     ) -> Adapter:
         """Train and write an adapter folder; the runtime's model is left as it was.
 
+        The folder is written anew whenever a step does best on `select` so far, so an interrupted run leaves an
+        adapter to use, or to train on from.
+
         Args:
             runtime: a bare `LocalRuntime`. prompts: training rows; refusals need `reference` (the answer to
                 learn), `category` names the refuse token. select: rows for early stopping, never fitted on.
@@ -158,7 +161,7 @@ class RefusalTokens:
         """
         _require_training()
         _require_bare(runtime)
-        from demur.train.loop import Start, train, working_copy
+        from demur.train.loop import Start, Trained, train, working_copy
         from demur.train.rows import initial_rows
 
         recipe, folder = self.recipe, Path(out)
@@ -180,7 +183,30 @@ class RefusalTokens:
             begin = Start(initial_rows(work, prompts, names, recipe, note) if names else None)
         first_id = runtime.model.get_input_embeddings().weight.shape[0]
         began = time.monotonic()
-        result = train(work, rows, picks, names, begin, first_id, recipe, note)
+
+        def write(result: Trained) -> None:
+            about = {
+                "schema_version": 1,
+                "method": CARD.slug,
+                "paper": CARD.url,
+                "base": runtime.name,
+                "base_fingerprint": runtime.fingerprint,
+                "control_tokens": {n: first_id + i for i, n in enumerate(names)} or None,
+                "recipe": dataclasses.asdict(recipe),
+                "started_from": start.fingerprint if start else None,
+                "train_set": {"name": prompts.name, "hash": prompts.hash, "n": len(prompts)},
+                "select_set": {"name": select.name, "hash": select.hash, "n": len(select)},
+                "selected_step": result.best_step,
+                "select_loss": result.best_loss,
+                "train_seconds": round(time.monotonic() - began),
+                "versions": _versions(),
+            }
+            save_adapter(
+                folder, peft_config=result.peft_config, lora=result.lora, rows=result.rows, about=about
+            )
+            write_atomic(folder / "training_log.jsonl", "".join(json.dumps(r) + "\n" for r in result.log))
+
+        result = train(work, rows, picks, names, begin, first_id, recipe, note, keep=write)
         if names and result.best_step == 0:
             logging.getLogger("demur").warning(
                 "no step of the training did better on %s than its start (control loss %.3f), which is kept; look "
@@ -188,24 +214,7 @@ class RefusalTokens:
                 select.name,
                 result.best_loss,
             )
-        about = {
-            "schema_version": 1,
-            "method": CARD.slug,
-            "paper": CARD.url,
-            "base": runtime.name,
-            "base_fingerprint": runtime.fingerprint,
-            "control_tokens": {n: first_id + i for i, n in enumerate(names)} or None,
-            "recipe": dataclasses.asdict(recipe),
-            "started_from": start.fingerprint if start else None,
-            "train_set": {"name": prompts.name, "hash": prompts.hash, "n": len(prompts)},
-            "select_set": {"name": select.name, "hash": select.hash, "n": len(select)},
-            "selected_step": result.best_step,
-            "select_loss": result.best_loss,
-            "train_seconds": round(time.monotonic() - began),
-            "versions": _versions(),
-        }
-        save_adapter(folder, peft_config=result.peft_config, lora=result.lora, rows=result.rows, about=about)
-        write_atomic(folder / "training_log.jsonl", "".join(json.dumps(r) + "\n" for r in result.log))
+        write(result)
         return Adapter.load(folder)
 
     def _usable(self, prompts: PromptSet, select: PromptSet) -> PromptSet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any
 
@@ -24,6 +24,7 @@ class Watch:
     Attributes:
         best_loss, best_step: of the kept weights; None and the last step where nothing can be scored
             (no control tokens). log: one row a check; unknown numbers are None.
+        better: called where a step after the start did better than all before.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class Watch:
         first_id: int,
         recipe: Recipe,
         note: Progress,
+        better: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.control, self.select = model, control, select
         self.names, self.first_id, self.recipe, self.note = names, first_id, recipe, note
+        self.better = better
         self.best_loss: float | None = None
         self.best_step = 0
         self.log: list[dict[str, float | None]] = []
@@ -69,6 +72,8 @@ class Watch:
         elif select_loss < (float("inf") if self.best_loss is None else self.best_loss):
             self.best_loss, self.best_step = select_loss, step
             self._kept = self._weights()
+            if step:
+                self.better()
 
     def best(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """LoRA weights by PEFT's names and control rows; without control tokens, the last ones.
