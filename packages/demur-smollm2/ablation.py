@@ -1,11 +1,12 @@
 """What contrast rows and control tokens add on the real base model, at a size that can be repeated.
 
-    DEMUR_DATA=... python packages/demur-smollm2/ablation.py [SEED ...]
+    DEMUR_DATA=... python packages/demur-smollm2/ablation.py contrast SEED ...
+    DEMUR_DATA=... python packages/demur-smollm2/ablation.py dial
 
 Contrast: the control decision alone (no answer text) is trained on 2,200 rows of core/train with look-alikes among
 them, and on as many with ordinary requests in their place; the refusals are the same. Compared are false refusals
-of look-alikes at 80 % true refusals. Dial: one training with answers, with tokens and without. `ablation.json` is
-written after each training; the adapters are not kept.
+of look-alikes at 80 % true refusals. Dial: one training with answers, with tokens and without. Both write into
+`ablation.json`; the adapters are not kept.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from measure import no_dial, table, truth
 
 HERE = Path(__file__).parent
 ROWS, TRUE_RATE, DRAWS = 2200, 0.8, 2000
-DIAL_SEED = 0
 
 
 def arms(seed: int) -> dict[str, PromptSet]:
@@ -87,32 +87,38 @@ def test_sets() -> dict[str, PromptSet]:
     return {"core/test": PromptSet("core/test", alike), "coconot": prompts.coconot()}
 
 
-def main() -> None:
-    base, sets = load_runtime("smollm2"), test_sets()
-    out: dict[str, Any] = {"rows": ROWS, "true_rate": TRUE_RATE, "contrast": [], "dial": None}
+def contrast(base: Any, seed: int) -> dict[str, Any]:
+    """Both arms with one seed, on both test sets."""
+    sets = test_sets()
+    recipe = Recipe(epochs=1, distilled=0, answer_tokens=1, answer_weight=0.0, lr=3e-4, seed=seed)
+    look = lambda tuned: {name: table(tuned, items)[:, :-1].sum(1) for name, items in sets.items()}
+    p = {arm: trained(base, rows, recipe, look) for arm, rows in arms(seed).items()}
+    found = {name: compared(truth(s), {arm: p[arm][name] for arm in p}) for name, s in sets.items()}
+    return {"seed": seed, "sets": found}
 
-    def save() -> None:
-        write_atomic(HERE / "ablation.json", json.dumps(out, indent=1) + "\n")
 
-    for seed in [int(s) for s in sys.argv[1:]] or [0, 1, 2]:
-        recipe = Recipe(epochs=1, distilled=0, answer_tokens=1, answer_weight=0.0, lr=3e-4, seed=seed)
-        look = lambda tuned: {name: table(tuned, items)[:, :-1].sum(1) for name, items in sets.items()}
-        p = {arm: trained(base, rows, recipe, look) for arm, rows in arms(seed).items()}
-        found = {name: compared(truth(s), {arm: p[arm][name] for arm in p}) for name, s in sets.items()}
-        out["contrast"].append({"seed": seed, "sets": found})
-        print(seed, json.dumps(found), file=sys.stderr, flush=True)
-        save()
-
-    rows = arms(DIAL_SEED)["with"]
-    some = PromptSet("core/test, every fifth", prompts.core("test").prompts[::5])
-    recipe = {"epochs": 1, "distilled": 400, "answer_tokens": 48, "lr": 3e-4, "seed": DIAL_SEED}
+def dial(base: Any) -> dict[str, Any]:
+    """What texts show of both modes; one seed, every tenth prompt of core/test."""
+    rows, select = arms(0)["with"], prompts.core("select")
+    some = PromptSet("core/test, every tenth", prompts.core("test").prompts[::10])
     with tempfile.TemporaryDirectory() as folder:
-        pick = prompts.core("select")
         for mode in ("none", "category"):
-            RefusalTokens(Recipe(mode=mode, **recipe)).fit(base, rows, pick, f"{folder}/{mode}")
+            recipe = Recipe(mode=mode, epochs=1, distilled=400, answer_tokens=24, lr=3e-4)
+            RefusalTokens(recipe).fit(base, rows, select, f"{folder}/{mode}")
         plain, tuned = (load_runtime("smollm2", adapter=f"{folder}/{mode}") for mode in ("none", "category"))
-        out["dial"] = no_dial(plain, tuned, some)
-    save()
+        return no_dial(plain, tuned, some)
+
+
+def main() -> None:
+    base, file = load_runtime("smollm2"), HERE / "ablation.json"
+    out = json.loads(file.read_text()) if file.is_file() else {"contrast": [], "dial": None}
+    if sys.argv[1] == "dial":
+        out["dial"] = dial(base)
+    for seed in sys.argv[2:]:
+        done = [found for found in out["contrast"] if found["seed"] != int(seed)]
+        out["contrast"] = [*done, contrast(base, int(seed))]
+        write_atomic(file, json.dumps(out, indent=1) + "\n")
+    write_atomic(file, json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":
