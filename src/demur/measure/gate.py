@@ -85,8 +85,8 @@ class Outcome:
         estimate: the share, or the change against the baseline. low, high: one-sided bounds of it.
         n, clusters: readable answers, and independent groups of them. needed: groups that decide the rule.
         unread: answers left out. paired: the comparison behind a rule against a baseline.
-        corrected, corrected_interval: the share with the judge's measured error taken out, or by people's
-            labels, and its 95% interval, where there is one. To be read beside the verdict, which is on what the judge said.
+        corrected, corrected_interval: the share with the judge's measured error taken out, or by people's labels,
+            and its 95% interval. To be read beside the verdict, which is on what the judge said.
     """
 
     rule: Rule
