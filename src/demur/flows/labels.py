@@ -282,7 +282,8 @@ def read_labels(path: str | Path, answers: Sequence[Answer], key: str | Path | N
     if not where.exists():
         raise InputError(f"{path} is a sheet and {where} is not there; say where its key lies (--key)")
     stored = parse_json(read_text(where), str(where))
-    if not isinstance(stored, dict) or not {"answers", "rows", "cells", "scale"} <= set(stored):
+    parts = {"answers", "rows", "cells", "scale"}
+    if not isinstance(stored, dict) or not any(parts | {c} <= set(stored) for c in ("drawn_from", "cell_of")):
         raise InputError(f"{where} is no key of a sheet; pass the key.json that was written beside it")
     cells, position = _joined(stored, answers, where)
     known = {c.value for c in CHOICES[stored["scale"]]}

@@ -27,7 +27,7 @@ class People:
     """What labels say of every answer of a run, by key.
 
     Attributes:
-        counts: labels, and those that could not be told (unsure), are missing (blank), or of others (other).
+        counts: as in `Labels.counts`.
         drawn: how the labelled answers were chosen.
     """
 
@@ -124,7 +124,7 @@ def keep(run: RunFolder, people: People | None) -> None:
     if people is None:
         path.unlink(missing_ok=True)
         return
-    rows = (json.dumps([*k, s.cell, s.yes], ensure_ascii=False) for k, s in people.said.items())
+    rows = (json.dumps([*k, s.cell, s.yes]) for k, s in people.said.items())
     head = {"schema_version": SCHEMA_VERSION, "drawn": people.drawn, "counts": dict(people.counts)}
     body = ",\n".join(rows)
     write_atomic(path, f'{json.dumps(head)[:-1]}, "answers": [\n{body}\n]}}\n')
