@@ -337,7 +337,8 @@ class OperatingPoint:
 class Rate:
     """A share with its count and interval; `value` is None when n is 0 (undefined, never zero).
 
-    `judge` names what made the labels; None when no judge was needed (thresholded scores).
+    `judge` names what made the labels; None when no judge was needed (thresholded scores). `labels` counts people's
+    labels where `corrected` is to come from them (it is None where they are too few), and is None elsewhere.
     """
 
     k: int
@@ -348,6 +349,7 @@ class Rate:
     unread: int = 0
     corrected: float | None = None
     corrected_interval: tuple[float, float] | None = None
+    labels: int | None = None
 
     @property
     def value(self) -> float | None:

@@ -52,6 +52,47 @@ def test_draw_label_and_read_back(cli: Cli, answers: Path, tmp_path: Path) -> No
     assert cli("judge", answers, *two, "--labels", saved).code == 2
 
 
+def test_labels_correct_measure_card_and_gate(cli: Cli, tmp_path: Path) -> None:
+    texts = [NO, YES, "Ask me about something else, friend.", YES]
+    rows = [
+        {"id": f"p{i}", "prompt": f"Request {i}", "response": texts[i % 4], "expected": "comply"}
+        for i in range(120)
+    ]
+    answers, key = tmp_path / "answers.jsonl", tmp_path / "labels" / "key.json"
+    answers.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = tmp_path / "run"
+    assert cli("measure", "--replies", answers, "--out", run).code == 0
+    # drawn from the run folder, whose answers are all to be kept
+    done = cli("judge", run, "--judge", "rules/gcg-v1", "--sample-for-labels", "60", "--out", key.parent)
+    assert done.code == 0 and "or give both to demur measure or demur card" in done.err
+    drawn = [row for _, row in read_rows(key.parent / "sheet.csv")]
+    lines = [f"{r['row']},{'compliance' if r['answer'] == YES else 'full_refusal'}" for r in drawn]
+    saved = tmp_path / "saved.csv"
+    saved.write_text("\n".join(["row,label", *lines]) + "\n")
+    given = ("--labels", saved, "--key", key)
+    done = cli("measure", "--replies", answers, "--out", run, *given, "--json")
+    assert done.code == 0, done.err
+    rate = json.loads(done.out)["values"]["conditions"]["as given"]["rates"]["all"]["lookalike"]
+    assert (
+        rate["value"] == 0.25 and rate["labels"] == 60 and rate["corrected"] == pytest.approx(0.5, abs=0.15)
+    )
+    gated = cli("gate", run, "--fail-if", "over_refusal > 0.8")
+    assert "with 60 labels by people" in gated.out and "60 labels by people correct these rates" in gated.err
+    carded = cli("card", "--replies", answers, "--out", tmp_path / "card", *given, "--json")
+    assert json.loads(carded.out)["sections"]["text"]["values"]["categories"]["all"][
+        "lookalike"
+    ] == pytest.approx(rate)
+    for command in ("measure", "card"):
+        done = cli(command, "--replies", answers, "--key", key)
+        assert done.code == 2 and "belongs to a filled sheet: add --labels" in done.err
+    done = cli("measure", "--suite", answers, "--dry-run", *given)
+    assert done.code == 2 and "leave --labels out" in done.err
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(json.dumps(r) + "\n" for r in rows[1:]))
+    done = cli("measure", "--replies", fewer, "--out", tmp_path / "r", *given)
+    assert done.code == 2 and "1 are missing (first: 'p0')" in done.err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -23,6 +23,11 @@ from demur.flows.label_figures import evaluate
 from demur.judges.base import Pair
 from demur.types import Prompt, Reply, Verdict
 
+
+def read_labels(path: Path, pairs: Sequence[Pair], key: Path | None = None) -> labels.Labels:
+    return labels.read_labels(path, [labels.Answer.of(r) for _, r in pairs], key)
+
+
 LABEL = {True: "full_refusal", False: "compliance"}
 
 
@@ -64,8 +69,9 @@ def test_draws_more_where_judges_disagree_and_knows_the_chances(tmp_path: Path) 
     labels.write_sheet(sheet, pairs, tmp_path)
     key = json.loads((tmp_path / "key.json").read_text())
     assert sum(c["answers"] for c in key["cells"]) == 2000
+    cell_of = {tuple(answer): c for *answer, _, c in key["drawn_from"]}
     for row in key["rows"].values():
-        cell = key["cells"][key["cell_of"][row["position"]]]
+        cell = key["cells"][cell_of[row["id"], row["condition"], row["sample"]]]
         assert row["probability"] == cell["drawn"] / cell["answers"]
     assert labels.draw(pairs, verdicts, 150) == sheet != labels.draw(pairs, verdicts, 150, seed=1)
 
@@ -118,7 +124,7 @@ def test_reading_back_gives_the_truth(tmp_path: Path) -> None:
     pairs, verdicts, truth = world()
     sheet = labels.draw(pairs, verdicts, 600)
     labels.write_sheet(sheet, pairs, tmp_path)
-    found = labels.read_labels(filled(sheet, truth, tmp_path / "l.csv"), pairs)
+    found = read_labels(filled(sheet, truth, tmp_path / "l.csv"), pairs)
     report = evaluate(pairs, verdicts, found, width=0.05)
     flags = np.array([v.label == "full_refusal" for v in verdicts["judge/a"]])
     one = report.values["judges"]["judge/a"]
@@ -155,7 +161,7 @@ def test_a_half_done_sheet_and_unsure_rows_are_said(tmp_path: Path) -> None:
     labels.write_sheet(sheet, pairs, tmp_path / "s")
     path = filled(sheet, truth, tmp_path / "l.csv", keep=100)
     path.write_text(path.read_text().replace(",compliance", ",unparsed", 3))
-    found = labels.read_labels(path, pairs, tmp_path / "s" / "key.json")
+    found = read_labels(path, pairs, tmp_path / "s" / "key.json")
     report = evaluate(pairs, verdicts, found)
     assert (report.values["labels"], report.values["unsure"], report.values["blank"]) == (97, 3, 50)
     assert "3 answers could not be told and 50 have no label yet" in report.notes[1]
@@ -165,7 +171,7 @@ def test_own_labels_are_taken_for_a_random_sample(tmp_path: Path) -> None:
     pairs, verdicts, truth = world()
     path = tmp_path / "mine.csv"
     path.write_text("id,label\n" + "".join(f"p{i},{LABEL[bool(truth[i])]}\n" for i in range(400)))
-    report = evaluate(pairs, verdicts, labels.read_labels(path, pairs))
+    report = evaluate(pairs, verdicts, read_labels(path, pairs))
     rate = report.values["judges"]["judge/a"]["rate"]
     assert rate.corrected == pytest.approx(truth.mean(), abs=0.04) and "random sample" in report.notes[0]
 
@@ -193,18 +199,16 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     sheet = labels.draw(pairs, verdicts, 50)
     path = filled(sheet, truth, tmp_path / "l.csv")
     with pytest.raises(InputError, match="--key"):
-        labels.read_labels(path, pairs)
+        read_labels(path, pairs)
     labels.write_sheet(sheet, pairs, tmp_path)
-    with pytest.raises(InputError, match="other answers"):
-        labels.read_labels(path, pairs[::-1])
     path.write_text("row,label\nsomething-1,compliance\n")
     with pytest.raises(InputError, match="not in the sheet"):
-        labels.read_labels(path, pairs)
+        read_labels(path, pairs)
     path.write_text(f"row,label\n{sheet.rows[0][0]},maybe\n")
     with pytest.raises(InputError, match="none of"):
-        labels.read_labels(path, pairs)
+        read_labels(path, pairs)
     with pytest.raises(InputError, match="no row has a label"):
-        labels.read_labels(tmp_path / "sheet.csv", pairs)
+        read_labels(tmp_path / "sheet.csv", pairs)
     with pytest.raises(InputError, match="at least 20"):
         labels.draw(pairs, verdicts, 5)
     mixed = {"judge/a": verdicts["judge/a"], "h": said("h", truth, scale="harm")}
@@ -212,7 +216,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         labels.draw(pairs, mixed, 50)
     filled(sheet, truth, path)
     with pytest.raises(InputError, match="labels are about refusal"):
-        evaluate(pairs, {"h": said("h", truth, scale="harm")}, labels.read_labels(path, pairs))
+        evaluate(pairs, {"h": said("h", truth, scale="harm")}, read_labels(path, pairs))
 
 
 # --- the page at work ---

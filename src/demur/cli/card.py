@@ -67,6 +67,8 @@ def card(
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
     judge_model: o.JudgeModel = None,
     agreement: o.Agreement = None,
+    labels: o.Labels = None,
+    key: o.LabelKey = None,
     system: o.System = None,
     samples: o.Samples = 1,
     temperature: o.Temperature = 0.0,
@@ -103,6 +105,7 @@ def card(
     if replies is not None and (given := [name for name in ASKING if _is_given(ctx, name)]):
         names = ", ".join("MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given)
         raise InputError(f"--replies reports on answers that exist and asks no model: leave {names} out")
+    o.check_labels(labels, key)
     o.add_agreement(ctx, agreement)
     point = load_operating_point(operating_point) if operating_point else None
     if taxonomy and not (prompts or calibrate):
@@ -119,6 +122,8 @@ def card(
         "keep_unsafe_text": keep_unsafe_text,
         "share": share,
         "fresh": fresh,
+        "labels": labels,
+        "key": key,
     }
     if replies is not None:
         made = flow.card_from_replies(replies, out, prompts=asked, **common)

@@ -89,8 +89,9 @@ def enforce(
     other = read_run(baseline, judge=judge, prompts=prompts).records if baseline is not None else None
     read = read_run(run, judge=judge, prompts=prompts)
     with agreement.adding(read.agreement):
-        outcomes, warnings = check(read.records, rules, baseline=other)
-        note = judge_note(read.judge)
+        said = read.people.said if read.people else None
+        outcomes, warnings = check(read.records, rules, baseline=other, said=said)
+        note = " ".join(read.people.notes) if read.people else judge_note(read.judge)
     several = len({x.condition for x in outcomes}) > 1
     cases = [
         Case(

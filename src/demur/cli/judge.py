@@ -24,7 +24,7 @@ def judge(
         str | None,
         typer.Argument(
             metavar="[FILE]",
-            help="Answers: columns prompt and response; JSONL, CSV or -. None to --validate.",
+            help="Answers: columns prompt and response (JSONL, CSV or -), or a run folder. None to --validate.",
         ),
     ] = None,
     judge_ids: Annotated[
@@ -59,10 +59,7 @@ def judge(
         Path | None,
         typer.Option(metavar="FILE", help="Labels by people: what they say about the judges and the rate."),
     ] = None,
-    key: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Key of the sheet; key.json beside the labels unless given."),
-    ] = None,
+    key: o.LabelKey = None,
     width: Annotated[
         float | None,
         typer.Option(help="With --labels: how many labels make the interval so wide, e.g. 0.05."),
@@ -81,7 +78,7 @@ def judge(
     on stderr. --sample-for-labels, --labels and --validate write no verdicts.
     """
     from demur import judges
-    from demur.report.importers import load_answers
+    from demur.flows.readrun import read_answers
 
     _check(file, sample_for_labels, labels, key, width, validate, as_json, out, agreement)
     o.add_agreement(ctx, agreement)
@@ -91,14 +88,15 @@ def judge(
         raise InputError(
             f"--judge-model {judge_model}: none of {', '.join(ids)} asks a model; leave the option out"
         )
-    answers = load_answers(file, o.load_prompt_file(prompts) if prompts else None) if file else None
+    answers = read_answers(file, o.load_prompt_file(prompts) if prompts else None) if file else None
     runtime = o.load_model(judge_model) if judge_model else None
     chosen = [judges.get(i, runtime=runtime, orders=2 if both_orders else 1) for i in ids]
     if answers is None:
         _validate(list(zip(chosen, asks, strict=True)), as_json, out)
         return
-    by_id = {p.id: p for p in answers.prompts}
-    pairs = [(by_id[r.prompt_id], r) for r in answers.replies]
+    asked, replies = answers
+    by_id = {p.id: p for p in asked}
+    pairs = [(by_id[r.prompt_id], r) for r in replies]
     verdicts: dict[str, list[Verdict]] = {}
     for one in chosen:
         with progress(one.id, out) as report:
@@ -112,16 +110,17 @@ def judge(
             paths = by_people.write_sheet(sheet, pairs, out)
             warn(f"{len(sheet.rows)} of {len(pairs)} answers drawn: label {paths[0]} or {paths[1]},")
             warn(
-                f"then run the same command with --labels LABELS --key {paths[2]} in place of --sample-for-labels"
+                f"then run the same command with --labels LABELS --key {paths[2]} in place of --sample-for-labels, "
+                "or give both to demur measure or demur card"
             )
         else:
-            found = by_people.read_labels(labels, pairs, key)
+            found = by_people.read_labels(labels, [by_people.Answer.of(r) for r in replies], key)
             write_report(evaluate(pairs, verdicts, found, width=width), as_json, out)
         return
     write_rows((v for of_one in verdicts.values() for v in of_one), out)
     summarise(verdicts)
     for judge_id in verdicts:
-        if judges.measured_error(judge_id) and (other := judges.material_warning(judge_id, answers.prompts)):
+        if judges.measured_error(judge_id) and (other := judges.material_warning(judge_id, asked)):
             warn(other)
 
 

@@ -61,6 +61,8 @@ def measure(
     judge: Annotated[str, typer.Option("--judge", "-j", help="Judge of the texts.")] = "rules/demur-v1",
     judge_model: o.JudgeModel = None,
     agreement: o.Agreement = None,
+    labels: o.Labels = None,
+    key: o.LabelKey = None,
     system: Systems = None,
     samples: o.Samples = 1,
     temperature: o.Temperature = 0.0,
@@ -132,10 +134,16 @@ def measure(
     from demur.flows import measure as flow
 
     _check_modes(ctx, merge=merge, replies=replies, to_batch=to_batch, from_batch=from_batch, dry_run=dry_run)
+    o.check_labels(labels, key)
     o.add_agreement(ctx, agreement)
-    common: dict[str, Any] = {"keep_unsafe_text": keep_unsafe_text, "fresh": fresh}
+    common: dict[str, Any] = {
+        "keep_unsafe_text": keep_unsafe_text,
+        "fresh": fresh,
+        "labels": labels,
+        "key": key,
+    }
     if merge:
-        made = flow.merge(folders or [], out, fresh=fresh)
+        made = flow.merge(folders or [], out, fresh=fresh, labels=labels, key=key)
     elif replies is not None:
         from demur.report import load_answers
 
@@ -213,6 +221,8 @@ def _check_modes(ctx: typer.Context, **modes: Any) -> None:
         raise InputError("--merge needs the folders of the parts, and only --merge takes folders")
     if ctx.params["prompts"] and chosen != ["--replies"]:
         raise InputError("--prompts goes with --replies; what a model is asked is named by --suite")
+    if ctx.params["labels"] and chosen in (["--to-batch"], ["--dry-run"]):
+        raise InputError(f"{chosen[0]} reports no rate that labels could correct: leave --labels out")
     if (ctx.params["baseline"] or ctx.params["junit"]) and not ctx.params["fail_if"]:
         raise InputError("--baseline and --junit belong to a gate: add --fail-if EXPR")
 

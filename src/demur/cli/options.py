@@ -72,6 +72,20 @@ Agreement = Annotated[
         metavar="FILE", help="A judge's measured error (demur judge --validate --out FILE); repeatable."
     ),
 ]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Labels by people of answers that are there (demur judge --sample-for-labels) correct the rates; no "
+        "model is asked.",
+    ),
+]
+LabelKey = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Key of the sheet of --labels; key.json beside the labels unless given."
+    ),
+]
 Request = Annotated[
     list[str] | None,
     typer.Option(
@@ -139,6 +153,16 @@ def add_agreement(ctx: typer.Context, files: Sequence[Path] | None) -> None:
     from demur.judges import agreement
 
     ctx.with_resource(agreement.adding([row for file in files or () for row in agreement.read(file)]))
+
+
+def check_labels(labels: Path | None, key: Path | None) -> None:
+    """A key opens nothing without labels.
+
+    Raises:
+        InputError: it stands alone.
+    """
+    if key is not None and labels is None:
+        raise InputError(f"--key {key} belongs to a filled sheet: add --labels FILE")
 
 
 def request_fields(given: Iterable[str]) -> dict[str, Any]:

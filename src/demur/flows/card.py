@@ -18,6 +18,7 @@ from typing import Any
 from demur.control.refusal_tokens import RefusalTokens, check_point
 from demur.errors import InputError
 from demur.files import dumps_row, to_row, write_atomic
+from demur.flows import people
 from demur.flows.asking import askable
 from demur.flows.collect import Given, Stage, collect, judged, sources
 from demur.flows.measure import DEFAULT_JUDGE, judge_of_refusals
@@ -68,6 +69,8 @@ def card(
     keep_unsafe_text: bool = False,
     share: bool = False,
     fresh: bool = False,
+    labels: str | Path | None = None,
+    key: str | Path | None = None,
     progress: bool = True,
 ) -> CardResult:
     """Make the Refusal Card of a model.
@@ -92,6 +95,8 @@ def card(
         keep_unsafe_text: keep the text of answers that comply with what should be refused (never in HTML).
         share: leave all prompt and answer texts out of card.html and card.json.
         fresh: throw away an earlier run in `out`.
+        labels, key: people's labels of answers that `out` holds (`flows.labels.read_labels`), to correct what is
+            read from texts; nothing is asked then.
         progress: show a bar on stderr.
 
     Returns:
@@ -176,6 +181,7 @@ def card(
         "stages": dict(sources(stages)),
     }
     with RunFolder(out) as run:
+        said = people.of_run(run, labels, key, fresh=fresh) if labels is not None else None
         run.start(config, fresh=fresh)
         run.save_prompts(prompts)
         if fitted is not None:
@@ -183,7 +189,9 @@ def card(
         if tenses is not None:
             run.save_prompts(tenses, "prompts-tense")
         _note_gaps(run, runtime, left_out)
-        collect(run, stages, reader, keep_unsafe_text=keep_unsafe_text, progress=progress)
+        people.keep(run, said)
+        if said is None:
+            collect(run, stages, reader, keep_unsafe_text=keep_unsafe_text, progress=progress)
         return write_card(run, share=share)
 
 
@@ -242,6 +250,8 @@ def card_from_replies(
     keep_unsafe_text: bool = False,
     share: bool = False,
     fresh: bool = False,
+    labels: str | Path | None = None,
+    key: str | Path | None = None,
 ) -> CardResult:
     """Make the Refusal Card of answers that exist already. Needs neither torch nor a model.
 
@@ -250,12 +260,15 @@ def card_from_replies(
         prompts: where category and expectation come from, when the file has only ids and responses.
         judge: who reads the answers; ignored where the file brings its own verdicts.
         name: what to call the model; by default the file's `model` column, else the file's name.
-        condition: how the answers were made, if known. Others as in `card`.
+        condition: how the answers were made, if known.
+        labels, key: people's labels of some of the answers (`flows.labels.read_labels`). Others as in `card`.
 
     Raises:
-        InputError: as `load_answers`, or a folder that holds the run of a model.
+        InputError: as `load_answers` and `read_labels`, or a folder that holds the run of a model.
     """
-    answers = load_answers(replies, prompts).under_one_condition()
+    given = load_answers(replies, prompts)
+    answers = given.under_one_condition()
+    said = people.of_answers(given, labels, key) if labels is not None else None
     own = sorted({v.judge for v in answers.verdicts})
     if len(own) > 1:
         raise InputError(f"{replies}: verdicts of several judges ({', '.join(own)}); a card needs one")
@@ -290,6 +303,7 @@ def card_from_replies(
         for stream, some in rows.items():
             if some:
                 write_atomic(run.file(stream), "".join(dumps_row(r) + "\n" for r in some))
+        people.keep(run, said)
         return write_card(run, share=share)
 
 

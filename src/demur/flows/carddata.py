@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from demur.files import from_row
+from demur.flows.people import People, kept
 from demur.flows.runs import RunFolder, StoredReply
-from demur.measure.refusal import Record, categories
+from demur.measure.refusal import Record, Said, categories
 from demur.prompts import row_of
 from demur.types import RESPOND, OperatingPoint, Prompt, PromptSet, Score, Verdict
 
@@ -34,7 +35,8 @@ class CardData:
     `tenses` holds some of the prompts in other tenses. `where` and `changed` are what `demur.flows.where` read,
     `depth` what `demur.flows.section_depth` did. Scores are by prompt id, replies and verdicts by (prompt id,
     sample); `baseline_*` belong to the same base without its adapter. `lost` says of each stream
-    of scores which prompts have none: {id: "blocked" or "failed"}.
+    of scores which prompts have none: {id: "blocked" or "failed"}. `people` are labels that
+    correct what is read from texts.
     """
 
     config: Mapping[str, Any]
@@ -52,6 +54,7 @@ class CardData:
     depth: Mapping[str, Any] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     lost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    people: People | None = None
 
     @classmethod
     def read(cls, run: RunFolder) -> CardData:
@@ -74,6 +77,7 @@ class CardData:
             depth=next(iter(run.rows("depth")), None),
             notes=run.notes,
             lost={k: {i: next(iter(why)) for i, why in v.items()} for k, v in run.unscored.items()},
+            people=kept(run),
         )
 
     # --- what was run ---
@@ -184,6 +188,10 @@ class CardData:
     def _records(self, verdicts: Mapping[tuple[str, int], Verdict]) -> list[Record]:
         asked = [p for p in self.prompts if (p.id, 0) in verdicts and (p.id, 0) in self.replies]
         return [Record(p, self.replies[p.id, 0].reply, verdicts[p.id, 0]) for p in asked]
+
+    def said(self, records: Sequence[Record]) -> list[Said] | None:
+        """What people's labels know of these answers; None where none were given."""
+        return self.people.of(r.reply for r in records) if self.people else None
 
     @property
     def has_control(self) -> bool:

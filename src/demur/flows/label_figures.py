@@ -6,19 +6,18 @@ Each label counts inverse to its answer's chance of being drawn.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import special
 
 from demur import stats
 from demur.errors import InputError
-from demur.flows.labels import SAYS, By, Labels
+from demur.flows.labels import By, Labels
 from demur.judges.base import Pair, positive
-from demur.measure.refusal import clustered
+from demur.measure.refusal import ByPeople, Said, by_people, cluster_of, clustered
 from demur.report.render import interval, percent
 from demur.types import Report, Table, Verdict
 
@@ -29,7 +28,8 @@ def evaluate(pairs: Sequence[Pair], verdicts: By, labels: Labels, *, width: floa
     """Each judge against people's labels, and the rate with the judge's error taken out.
 
     Weights are inverse to the chance of being drawn: cells of the sheet, split by what the judge says, with their
-    known shares of all answers. Several answers to one prompt count as one draw, which is on the safe side.
+    known shares of all answers. Several answers to one prompt, or to prompts of a group, count as one draw, which
+    is on the safe side.
 
     Args:
         width: asks how many labels would make the corrected interval so wide.
@@ -54,15 +54,11 @@ def evaluate(pairs: Sequence[Pair], verdicts: By, labels: Labels, *, width: floa
         )
         for judge, v in values.items()
     )
-    read = [said for said in labels.yes.values() if said is not None]
-    unsure = len(labels.yes) - len(read)
     left = sum(c is None for c in labels.cells)
-    notes = [f"{len(read)} labels from {labels.drawn}, {sum(read)} of them yes."]
-    if unsure or labels.blank:
-        notes.append(
-            f"{unsure} answers could not be told and {labels.blank} have no label yet; within a cell they are "
-            "taken to be like the others."
-        )
+    notes = [
+        f"{labels.counts['labels']} labels from {labels.drawn}, {sum(map(bool, labels.yes.values()))} of them yes."
+    ]
+    notes += gaps(labels.counts)
     if left:
         notes.append(f"{left} answers without text (error, filter, empty) are in no figure here.")
     tables = [Table("Judges against your labels", tuple(columns), rows, _WHAT)]
@@ -77,9 +73,7 @@ def evaluate(pairs: Sequence[Pair], verdicts: By, labels: Labels, *, width: floa
         tables=tuple(tables),
         values={
             "judges": figures,
-            "labels": len(read),
-            "unsure": unsure,
-            "blank": labels.blank,
+            **labels.counts,
             "left": left,
         },
         provenance={"drawn": labels.drawn, "width": width},
@@ -93,39 +87,42 @@ _WHAT = (
 )
 
 
+def gaps(counts: Mapping[str, int]) -> list[str]:
+    """What is said of labels that are missing or of no use (`Labels.counts`)."""
+    said = []
+    if counts["unsure"] or counts["blank"]:
+        said.append(
+            f"{counts['unsure']} answers could not be told and {counts['blank']} have no label yet; within a cell "
+            "they are taken to be like the others."
+        )
+    if counts["other"]:
+        said.append(f"{counts['other']} labels are of answers that are not here.")
+    return said
+
+
 def _against(
     judge: str, pairs: Sequence[Pair], verdicts: Sequence[Verdict], labels: Labels, width: float | None
 ) -> dict[str, Any]:
-    says = [positive(v) for v in verdicts]
     inside = [i for i, c in enumerate(labels.cells) if c is not None]
-    cell = {i: (labels.cells[i], SAYS[says[i]]) for i in inside}
-    known = sorted(set(cell.values()), key=str)
-    people = {i: y for i, y in labels.yes.items() if y is not None and i in cell}
-    size, n, k = (
-        _counts(known, chosen)
-        for chosen in (cell.values(), [cell[i] for i in people], [cell[i] for i, y in people.items() if y])
+    flags = [(positive(verdicts[i]), cluster_of(pairs[i][0])) for i in inside]
+    made = by_people(flags, [Said(labels.cells[i], labels.yes.get(i)) for i in inside])
+    if made is None:  # `read_labels` lets no such labels through
+        raise InputError("no answer with text has a label")
+    found = made.found
+    rate = replace(
+        clustered(flags, judge), corrected=found.rate.value, corrected_interval=found.rate.interval
     )
-    prompts = [len({pairs[i][0].id for i in some}) for some in (inside, people)]
-    every, some = prompts[0] / len(inside), prompts[1] / len(people)
-    f = [{"yes": 1.0, "no": 0.0, "unread": np.nan}[said] for _, said in known]
-    found = stats.from_cells(size * every, f, k * some, n * some)
-    raw = clustered([(says[i], pairs[i][0].id) for i in inside], judge)
-    rate = replace(raw, corrected=found.rate.value, corrected_interval=found.rate.interval)
     out = {"rate": rate, **{name: getattr(found, name) for name in _ESTIMATES}}
     if width is not None:
-        out["needed"] = _needed(found, len(inside) * every, width, some)
+        out["needed"] = _needed(made, width)
     return out
 
 
-def _counts(known: Sequence[Any], chosen: Iterable[Any]) -> npt.NDArray[np.float64]:
-    counts = Counter(chosen)
-    return np.array([counts[c] for c in known], float)
-
-
-def _needed(found: stats.CellEstimates, answers: float, width: float, per_label: float) -> dict[str, Any]:
-    needed = stats.labels_needed(found.spread, max(1, round(answers)), width)
+def _needed(made: ByPeople, width: float) -> dict[str, Any]:
+    found = made.found
+    needed = stats.labels_needed(found.spread, max(1, round(made.answers)), width)
     if needed is not None:
-        needed = int(np.ceil(needed / per_label))
+        needed = int(np.ceil(needed / made.per_label))
         return {"labels": needed, "answers": None, "text": str(needed)}
     p = found.rate.value or 0.0
     more = int(np.ceil(p * (1 - p) * (2 * float(special.ndtri(0.975)) / width) ** 2))

@@ -1,7 +1,8 @@
 """Have a part of one's own answers labelled by people: drawn at known rates, laid down blind, read back.
 
 `draw` takes more answers where the judges disagree; `write_sheet` writes them in random order with the key apart;
-`read_labels` joins the labels with the key. What they say is in `label_figures`.
+`read_labels` joins the labels with the key and the answers, in whatever order these stand. What they say of judges
+is in `label_figures`, what they say of a report's rates in `people`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import numpy as np
 
 from demur.errors import InputError
 from demur.files import csv_safe, parse_json, read_rows, read_text, write_atomic
-from demur.judges.base import HARMFUL, NOT_HARMFUL, Pair, positive, preread
+from demur.flows.runs import StoredReply, text_hash
+from demur.judges.base import HARMFUL, NOT_HARMFUL, PREREAD, Pair, positive, preread
 from demur.judges.human import Human
+from demur.measure.paired import Key
 from demur.report import labelpage
 from demur.report.render import clean
-from demur.types import SCHEMA_VERSION, UNREADABLE, Label, Verdict
+from demur.types import SCHEMA_VERSION, UNREADABLE, Label, Reply, Verdict
 
 By = Mapping[str, Sequence[Verdict]]
 """Judge id -> its verdicts, over the same answers in the same order."""
@@ -56,6 +59,35 @@ CHOICES: Mapping[str, tuple[labelpage.Choice, ...]] = {
         _UNSURE,
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as labels are joined to it: by its key, whatever the order, if its text is still the same.
+
+    `text` says whether there is text to label; the text itself may not have been kept.
+    """
+
+    reply: Reply
+    sha256: str
+    text: bool
+
+    @classmethod
+    def of(cls, reply: Reply) -> Answer:
+        """An answer whose text is at hand."""
+        return cls(reply, text_hash(StoredReply(reply)), preread(reply) is None)
+
+    @classmethod
+    def stored(cls, stored: StoredReply, verdict: Verdict | None) -> Answer:
+        """An answer of a run folder; where the text is gone, the verdict knows whether it was read."""
+        if stored.withheld is None:
+            return cls.of(stored.reply)
+        return cls(stored.reply, text_hash(stored), verdict is None or verdict.judge != PREREAD)
+
+    @property
+    def key(self) -> Key:
+        """(prompt id, condition, sample)"""
+        return self.reply.prompt_id, self.reply.condition, self.reply.sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +138,8 @@ def draw(pairs: Sequence[Pair], verdicts: By, n: int, *, seed: int = 0) -> Sheet
     rng = np.random.default_rng(seed)
     take = _allocate([len(m) for m in members], [len(set(c)) > 1 for c in known], n)
     drawn = np.concatenate([rng.choice(m, t, replace=False) for m, t in zip(members, take, strict=True)])
-    name = "s" + hashlib.sha256(f"{_fingerprint(pairs)} {seed} {n} {list(verdicts)}".encode()).hexdigest()[:7]
+    fingerprint = _fingerprint([Answer.of(reply) for _, reply in pairs])
+    name = "s" + hashlib.sha256(f"{fingerprint} {seed} {n} {list(verdicts)}".encode()).hexdigest()[:7]
     order = rng.permutation(drawn)
     digits = len(str(len(order)))
     return Sheet(
@@ -131,11 +164,16 @@ def _allocate(sizes: Sequence[int], disagree: Sequence[bool], n: int) -> list[in
     return [int(t) for t in take]
 
 
-def _fingerprint(pairs: Sequence[Pair]) -> str:
-    h = hashlib.sha256()
-    for _, r in pairs:
-        h.update(json.dumps([r.prompt_id, r.condition, r.sample, r.content]).encode())
-    return h.hexdigest()[:16]
+def _fingerprint(answers: Sequence[Answer]) -> str:
+    """Of the answers in any order."""
+    rows = sorted(zip(_joint([a.key for a in answers]), (a.sha256 for a in answers), strict=True))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _joint(keys: Sequence[Key]) -> list[Key]:
+    """The keys as they are compared: the name of the only condition differs between a file and a report on it."""
+    lone = len({condition for _, condition, _ in keys}) == 1
+    return [(id, "" if lone else condition, sample) for id, condition, sample in keys]
 
 
 def write_sheet(sheet: Sheet, pairs: Sequence[Pair], folder: str | Path) -> list[Path]:
@@ -155,7 +193,7 @@ def write_sheet(sheet: Sheet, pairs: Sequence[Pair], folder: str | Path) -> list
     writer.writerows((i.row, "", csv_safe(clean(i.prompt)), csv_safe(clean(i.answer))) for i in items)
     write_atomic(paths[0], out.getvalue())
     write_atomic(paths[1], labelpage.to_html(sheet.name, items, CHOICES[sheet.scale]))
-    write_atomic(paths[2], json.dumps(_key(sheet, pairs), ensure_ascii=False, indent=1) + "\n")
+    write_atomic(paths[2], json.dumps(_key(sheet, pairs), ensure_ascii=False) + "\n")
     return paths
 
 
@@ -176,18 +214,18 @@ def _key(sheet: Sheet, pairs: Sequence[Pair]) -> dict[str, Any]:
             "id": pairs[at][1].prompt_id,
             "condition": pairs[at][1].condition,
             "sample": pairs[at][1].sample,
-            "position": at,
             "probability": cells[sheet.cells[at] or 0]["probability"],
         }
         for row, at in sheet.rows
     }
     head = {"schema_version": SCHEMA_VERSION, "sheet": sheet.name, "scale": sheet.scale, "seed": sheet.seed}
+    answers = [Answer.of(reply) for _, reply in pairs]
     return {
         **head,
-        "answers": _fingerprint(pairs),
+        "answers": _fingerprint(answers),
         "cells": cells,
         "rows": rows,
-        "cell_of": list(sheet.cells),
+        "drawn_from": [(*a.key, a.sha256[:8], c) for a, c in zip(answers, sheet.cells, strict=True)],
     }
 
 
@@ -198,8 +236,9 @@ def _key(sheet: Sheet, pairs: Sequence[Pair]) -> dict[str, Any]:
 class Labels:
     """People's labels: position -> yes, no (True, False) or None for "cannot tell".
 
-    `cells` gives each position's cell, None where nothing is to read; `blank` counts rows without a label. `drawn`
-    says how: from a sheet with known chances, or a file that is taken for a simple random sample.
+    `cells` gives each position's cell, None where nothing is to read; `blank` counts rows without a label, `other`
+    labels of answers that are not here. `drawn` says how: from a sheet with known chances, or a file that is taken
+    for a simple random sample.
     """
 
     scale: str
@@ -208,9 +247,16 @@ class Labels:
     said: Sequence[Mapping[str, str]]
     blank: int
     drawn: str
+    other: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many labels say something, how many could not be told, are missing, or of answers not here."""
+        read = sum(said is not None for said in self.yes.values())
+        return {"labels": read, "unsure": len(self.yes) - read, "blank": self.blank, "other": self.other}
 
 
-def read_labels(path: str | Path, pairs: Sequence[Pair], key: str | Path | None = None) -> Labels:
+def read_labels(path: str | Path, answers: Sequence[Answer], key: str | Path | None = None) -> Labels:
     """Join a file of labels with the answers.
 
     Args:
@@ -220,24 +266,30 @@ def read_labels(path: str | Path, pairs: Sequence[Pair], key: str | Path | None 
 
     Raises:
         InputError: no key for a sheet, another sheet's or other answers' key, an unknown row or label, no labels.
+
+    >>> import tempfile, pathlib
+    >>> f = pathlib.Path(tempfile.mkdtemp()) / "mine.csv"
+    >>> _ = f.write_text("id,label\\na,full_refusal\\n")
+    >>> read_labels(f, [Answer.of(Reply(prompt_id=i, content="No.")) for i in "ba"]).yes
+    {1: True}
     """
     rows = read_rows(path)
     if "row" not in rows[0][1]:
-        return _own_labels(path, pairs)
+        if key is not None:
+            raise InputError(f"{path} has no column `row`, so it is no sheet; leave the key ({key}) out")
+        return _own_labels(path, answers)
     where = Path(key) if key else Path(path).parent / "key.json"
     if not where.exists():
         raise InputError(f"{path} is a sheet and {where} is not there; say where its key lies (--key)")
     stored = parse_json(read_text(where), str(where))
-    if not isinstance(stored, dict) or not {"answers", "rows", "cells", "cell_of", "scale"} <= set(stored):
+    parts = {"answers", "rows", "cells", "scale"}
+    if not isinstance(stored, dict) or not any(parts | {c} <= set(stored) for c in ("drawn_from", "cell_of")):
         raise InputError(f"{where} is no key of a sheet; pass the key.json that was written beside it")
-    if stored["answers"] != _fingerprint(pairs):
-        raise InputError(
-            f"{where} belongs to other answers than these: same file, same order, same texts are needed"
-        )
+    cells, position = _joined(stored, answers, where)
     known = {c.value for c in CHOICES[stored["scale"]]}
     yes: dict[int, bool | None] = {}
     for n, row in rows:
-        at = stored["rows"].get(str(row.get("row")))
+        at = position.get(str(row.get("row")))
         if at is None:
             raise InputError(f"{path}, line {n}: row {row.get('row')!r} is not in the sheet of {where}")
         word = str(row.get("label") or "").strip().lower().replace(" ", "_").replace("-", "_")
@@ -247,35 +299,83 @@ def read_labels(path: str | Path, pairs: Sequence[Pair], key: str | Path | None 
             raise InputError(
                 f"{path}, line {n}: label {row['label']!r} is none of {', '.join(sorted(known))}"
             )
-        if at["position"] in yes:
+        if at in yes:
             raise InputError(f"{path}, line {n}: row {row['row']!r} has a label on an earlier line too")
-        yes[at["position"]] = _yes(word, stored["scale"])
+        yes[at] = _yes(word, stored["scale"])
     said = [c["said"] for c in stored["cells"]]
     blank = len(stored["rows"]) - len(yes)
     drawn = f"a sheet drawn by what {len(said[0])} judge{'s' if len(said[0]) > 1 else ''} said"
     return Labels(
         scale=stored["scale"],
         yes=_some(yes, path),
-        cells=stored["cell_of"],
+        cells=cells,
         said=said,
         blank=blank,
         drawn=drawn,
     )
 
 
-def _own_labels(path: str | Path, pairs: Sequence[Pair]) -> Labels:
+def _joined(
+    stored: Mapping[str, Any], answers: Sequence[Answer], where: Path
+) -> tuple[list[int | None], dict[str, int]]:
+    """The cell of each answer, and the position of each row of the sheet.
+
+    Raises:
+        InputError: answers that changed, are missing or new.
+    """
+    rows: Mapping[str, Any] = stored["rows"]
+    if "drawn_from" not in stored:  # keys of demur before this knew answers by their order alone
+        h = hashlib.sha256()
+        for r in (a.reply for a in answers):
+            h.update(json.dumps([r.prompt_id, r.condition, r.sample, r.content]).encode())
+        if stored["answers"] != h.hexdigest()[:16]:
+            raise InputError(
+                f"{where} belongs to other answers than these: same file, same order, same texts are needed"
+            )
+        return list(stored["cell_of"]), {row: r["position"] for row, r in rows.items()}
+    drawn_from = [
+        ((id, condition, sample), mark, cell) for id, condition, sample, mark, cell in stored["drawn_from"]
+    ]
+    there = dict(zip(_joint([k for k, _, _ in drawn_from]), drawn_from, strict=True))
+    here = dict(zip(_joint([a.key for a in answers]), answers, strict=True))
+    if stored["answers"] != _fingerprint(answers):
+        changed = [k for k in there if k in here and there[k][1] != here[k].sha256[:8]]
+        parts = {
+            "have another text": changed,
+            "are missing": [k for k in there if k not in here],
+            "are new": [k for k in here if k not in there],
+        }
+        said = "; ".join(f"{len(k)} {what} (first: {k[0][0]!r})" for what, k in parts.items() if k)
+        raise InputError(
+            f"{where} belongs to other answers than these: of the {len(there)} that the sheet was drawn from and "
+            f"the {len(here)} here, {said or 'some differ'}. Labels count for the answers they were given to"
+        )
+    at = {there[k][0]: i for i, k in enumerate(here)}
+    return (
+        [there[k][2] for k in here],
+        {row: at[r["id"], r["condition"], r["sample"]] for row, r in rows.items()},
+    )
+
+
+def _own_labels(path: str | Path, answers: Sequence[Answer]) -> Labels:
     people = Human(path)
-    found = {i: people.judge(*pair) for i, pair in enumerate(pairs)}
-    yes = {i: positive(v) for i, v in found.items() if v.reason != "no human label"}
-    cells = [None if preread(reply) else 0 for _, reply in pairs]
-    yes = {i: said for i, said in yes.items() if cells[i] is not None}
+    found = {i: people.find(a.reply) for i, a in enumerate(answers)}
+    here = {i: v for i, v in found.items() if v is not None}
+    if not here:
+        raise InputError(
+            f"{path}: none of its {len(people)} labels is of an answer here, such as id {answers[0].key[0]!r}; "
+            "labels are joined by `id`, `condition` and `sample`"
+        )
+    cells = [0 if a.text else None for a in answers]
+    yes = {i: positive(v) for i, v in here.items() if cells[i] is not None}
     return Labels(
-        scale=next(iter(found.values())).scale,
+        scale=people.scale,
         yes=_some(yes, path),
         cells=cells,
         said=[{}],
         blank=0,
         drawn="a file of labels, taken for a simple random sample of the answers",
+        other=len(people) - len(here),
     )
 
 

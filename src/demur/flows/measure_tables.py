@@ -13,10 +13,20 @@ from itertools import combinations
 from typing import Any
 
 from demur.errors import InputError
+from demur.flows.people import People
 from demur.flows.section_texts import corrected_cell, error_values
 from demur.flows.suites import twins
 from demur.judges import material_warning
-from demur.measure.refusal import Flag, JudgeError, cluster_of, clustered, declined, judge_error, judge_note
+from demur.measure.refusal import (
+    Flag,
+    JudgeError,
+    Said,
+    cluster_of,
+    clustered,
+    declined,
+    judge_error,
+    judge_note,
+)
 from demur.prompts import GENERAL, row_of
 from demur.types import UNREADABLE, Label, Prompt, Rate, Report, Table
 
@@ -27,11 +37,15 @@ EXPECTED = {"refuse": "refuse", "lookalike": "answer"}
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The labels of one condition: `labels[i][s]` for sample s of `prompts[i]`; None where no verdict is there."""
+    """The labels of one condition: `labels[i][s]` for sample s of `prompts[i]`; None where no verdict is there.
+
+    `said` holds what people say of the same answers, where their labels are to correct the rates.
+    """
 
     condition: str
     prompts: Sequence[Prompt]
     labels: Sequence[Sequence[str | None]]
+    said: Sequence[Sequence[Said]] | None = None
 
     def flags(self, i: int) -> list[bool | None]:
         """Whether prompt i was declined, by sample."""
@@ -49,15 +63,19 @@ def stratified(
     flags: Mapping[str, Sequence[Flag]],
     judge: str | None,
     errors: Mapping[str, JudgeError | None],
+    said: Mapping[str, Sequence[Said]] | None = None,
 ) -> dict[str, dict[str, Rate]]:
-    """{row: {"refuse": Rate, "lookalike": Rate}} with the row "all" first; `flags` by prompt id."""
+    """{row: {"refuse": Rate, "lookalike": Rate}} with the row "all" first; `flags` and `said` by prompt id."""
     out: dict[str, dict[str, Rate]] = {}
     for row in ("all", *rows_of(tally.prompts)):
         out[row] = {}
         for side, wanted in SIDES.items():
             some = [p for p in tally.prompts if p.should_refuse is wanted and row in ("all", row_of(p))]
             out[row][side] = clustered(
-                (f for p in some for f in flags.get(p.id, ())), judge, errors.get(side)
+                (f for p in some for f in flags.get(p.id, ())),
+                judge,
+                errors.get(side),
+                [s for p in some for s in said[p.id]] if said is not None else None,
             )
     return out
 
@@ -68,13 +86,17 @@ def stratified(
 def condition_values(tally: Tally, judge: str, errors: Mapping[str, JudgeError | None]) -> dict[str, Any]:
     """Every number on one condition."""
     by_id = {p.id: [(f, cluster_of(p)) for f in tally.flags(i)] for i, p in enumerate(tally.prompts)}
+    said = None
+    if tally.said is not None:
+        said = {p.id: some for p, some in zip(tally.prompts, tally.said, strict=True)}
     values: dict[str, Any] = {
-        "rates": stratified(tally, by_id, judge, errors),
+        "rates": stratified(tally, by_id, judge, errors, said),
         "labels": label_counts(tally),
     }
-    unlabelled = [f for p in tally.prompts if p.should_refuse is None for f in by_id[p.id]]
-    if unlabelled:
-        values["unlabelled"] = clustered(unlabelled, judge)
+    free = [p.id for p in tally.prompts if p.should_refuse is None and by_id[p.id]]
+    if free:
+        known = [s for i in free for s in said[i]] if said is not None else None
+        values["unlabelled"] = clustered((f for i in free for f in by_id[i]), judge, said=known)
     if any(len(labels) > 1 for labels in tally.labels):
         values["sample_flips"] = sample_flips(tally, judge)
     if pairs := twins(tally.prompts):
@@ -151,8 +173,8 @@ def condition_flips(one: Tally, other: Tally, judge: str) -> dict[str, Any]:
 # --- the report ---
 
 
-def report_of(tallies: Sequence[Tally], config: Mapping[str, Any]) -> Report:
-    """The report of a run from its labels.
+def report_of(tallies: Sequence[Tally], config: Mapping[str, Any], people: People | None = None) -> Report:
+    """The report of a run from its labels, corrected by people's where these are given.
 
     Raises:
         InputError: no prompt at all was answered.
@@ -166,7 +188,7 @@ def report_of(tallies: Sequence[Tally], config: Mapping[str, Any]) -> Report:
     tables: list[Table] = []
     for name, values in conditions.items():
         suffix = f" ({name})" if len(conditions) > 1 else ""
-        tables += [_rate_table(values, suffix), _label_table(values["labels"], suffix)]
+        tables += [_rate_table(values, suffix, people), _label_table(values["labels"], suffix)]
         if "twins" in values:
             rows = tuple((k, r) for k, r in values["twins"].items())
             tables.append(Table(f"Minimal pairs{suffix}", ("outcome", "share of pairs"), rows))
@@ -185,17 +207,18 @@ def report_of(tallies: Sequence[Tally], config: Mapping[str, Any]) -> Report:
             "model": config["model"]["name"],
             "judge": judge,
             "judge_error": {side: error_values(e) for side, e in errors.items()},
+            **({"correction": people.values} if people else {}),
             "prompts": len(tallies[0].prompts),
             "samples": config["samples"],
             "conditions": conditions,
             "condition_flips": between,
         },
         provenance=config,
-        notes=tuple(_notes(tallies, config, judge, errors, between)),
+        notes=tuple(_notes(tallies, config, judge, errors, between, people)),
     )
 
 
-def _rate_table(values: Mapping[str, Any], suffix: str) -> Table:
+def _rate_table(values: Mapping[str, Any], suffix: str, people: People | None) -> Table:
     rows = []
     for row, two in values["rates"].items():
         for side, r in two.items():
@@ -203,11 +226,12 @@ def _rate_table(values: Mapping[str, Any], suffix: str) -> Table:
                 rows.append((row, EXPECTED[side], r, corrected_cell(r), r.unread))
     if "unlabelled" in values:
         r = values["unlabelled"]
-        rows.append(("(no expectation)", "–", r, None, r.unread))
+        rows.append(("(no expectation)", "–", r, corrected_cell(r), r.unread))
     columns = ("category", "expected", "declined", "corrected", "not read")
+    how = people.how if people else "with the judge's measured error taken out"
     note = (
         "Declined: refused fully or in part, abstained, asked back, or blocked by the provider. Brackets: 95% "
-        "intervals over prompts. Corrected: with the judge's measured error taken out. Not read: answers that "
+        f"intervals over prompts. Corrected: {how}. Not read: answers that "
         "enter no rate (error, empty, truncated, unparsed)."
     )
     return Table(f"Declined, by category and expectation{suffix}", columns, tuple(rows), note)
@@ -237,11 +261,14 @@ def _notes(
     judge: str,
     errors: Mapping[str, JudgeError | None],
     between: Sequence[Mapping[str, Any]],
+    people: People | None,
 ) -> Iterator[str]:
     elsewhere = material_warning(judge, tallies[0].prompts)
-    if elsewhere is None or any(errors.values()):
+    if people is not None:
+        yield from people.notes
+    elif elsewhere is None or any(errors.values()):
         yield judge_note(judge)
-    if elsewhere is not None:
+    if elsewhere is not None and people is None:
         yield elsewhere
     shard = config.get("shard")
     if shard:

@@ -14,6 +14,7 @@ from demur import judges
 from demur.errors import InputError
 from demur.files import from_row
 from demur.flows.measure import DEFAULT_JUDGE, judge_of_refusals
+from demur.flows.people import People, kept
 from demur.flows.runs import RunFolder, StoredReply
 from demur.judges import Agreement, Judge, human
 from demur.judges.base import PREREAD, judge_all
@@ -28,7 +29,7 @@ class Run:
     """Prompts, answers and verdicts, joined by (prompt id, condition, sample).
 
     A run that was stopped holds prompts without answers; `records` are what was answered and judged. `agreement` is
-    the judge's measured error as the folder holds it.
+    the judge's measured error as the folder holds it, and `people` the labels that its report was corrected by.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Run:
     verdicts: Mapping[Key, Verdict]
     provenance: Mapping[str, Any]
     agreement: Sequence[Agreement] = ()
+    people: People | None = None
 
     @property
     def records(self) -> list[Record]:
@@ -105,13 +107,31 @@ def read_run(path: str | Path, *, judge: str | Judge | None = None, prompts: Pro
     return run
 
 
+def read_answers(path: str | Path, prompts: PromptSet | None = None) -> tuple[PromptSet, tuple[Reply, ...]]:
+    """Prompts and answers of a run folder or a file, to be judged anew.
+
+    Raises:
+        InputError: as `read_run` and `load_answers`, or a folder that kept some answers without their text.
+    """
+    if not Path(path).is_dir():
+        answers = load_answers(path, prompts)
+        return answers.prompts, answers.replies
+    run = read_run(path, prompts=prompts)
+    if gone := sum(r.withheld is not None for r in run.replies.values()):
+        raise InputError(
+            f"{path}: {gone} answers were kept without their text, so nobody can read them. Judge the file that "
+            "the answers came from, or collect again with --keep-unsafe-text"
+        )
+    return run.prompts, tuple(r.reply for r in run.replies.values())
+
+
 def _folder(run: RunFolder, judge: Judge | None) -> Run:
     config = run.config
     prompts = run.prompts()
     if prompts is None:
         raise InputError(f"{run.path}: holds no prompts.jsonl, so it is no finished run; run it again")
     replies, verdicts = {}, {}
-    for streams in (c["streams"] for c in config.get("conditions", [{"streams": ("replies", "verdicts")}])):
+    for streams in run.text_streams:
         files = [str(run.file(name)) for name in streams]
         for n, row in enumerate(run.rows(streams[0]), 1):
             withheld = row.pop("withheld", None)
@@ -136,6 +156,7 @@ def _folder(run: RunFolder, judge: Judge | None) -> Run:
         verdicts=verdicts,
         provenance=config,
         agreement=run.agreement,
+        people=kept(run),
     )
 
 

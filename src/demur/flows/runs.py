@@ -39,6 +39,9 @@ failed has said nothing of the text, an answer that broke off may have begun, an
 JUDGE_ERROR = "judge-error.json"
 """Rows of the judge's measured error that did not come with demur."""
 
+PEOPLE = "people.json"
+"""What people's labels say of the answers, where the report is corrected by them."""
+
 _STREAM = re.compile(
     r"((prompts|scores)(-tense|-calibrate)?|(replies|verdicts)(-.+)?|where|changed|depth)\.jsonl", re.DOTALL
 )
@@ -66,14 +69,26 @@ def stored_row(prompt: Prompt, reply: Reply, verdict: Verdict, *, keep_unsafe_te
     """
     if keep_unsafe_text or not prompt.should_refuse or verdict.label in HARMLESS_TO_KEEP:
         return to_row(reply)
-    calls = json.dumps([dict(call) for call in reply.tool_calls], default=dict) if reply.tool_calls else ""
-    text = "\n".join(part for part in (reply.reasoning, reply.content, calls) if part)
+    text = _everything(reply)
     if not text:
         return to_row(reply)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     row = to_row(replace(reply, content="", reasoning=None, tool_calls=()))
-    row["withheld"] = {"sha256": digest, "characters": len(text)}
+    row["withheld"] = {"sha256": _sha256(text), "characters": len(text)}
     return row
+
+
+def text_hash(stored: StoredReply) -> str:
+    """SHA-256 of what the model wrote, the same whether or not the text was kept."""
+    return str(stored.withheld["sha256"]) if stored.withheld else _sha256(_everything(stored.reply))
+
+
+def _everything(reply: Reply) -> str:
+    calls = json.dumps([dict(call) for call in reply.tool_calls], default=dict) if reply.tool_calls else ""
+    return "\n".join(part for part in (reply.reasoning, reply.content, calls) if part)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class RunFolder:
@@ -155,7 +170,14 @@ class RunFolder:
                 "write over that file. Pass another folder"
             )
         if fresh and begun:
-            for name in ("operating_point.yaml", "notes.json", "unscored.json", JUDGE_ERROR, "run.json"):
+            for name in (
+                "operating_point.yaml",
+                "notes.json",
+                "unscored.json",
+                JUDGE_ERROR,
+                PEOPLE,
+                "run.json",
+            ):
                 streams.append(self.path / name)
             for old in streams:
                 old.unlink(missing_ok=True)
@@ -283,6 +305,12 @@ class RunFolder:
         path = self.path / "notes.json"
         notes: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return notes
+
+    @property
+    def text_streams(self) -> list[tuple[str, str]]:
+        """Names of the streams of replies and verdicts that are reported on, by condition."""
+        conditions = self.config.get("conditions", [{"streams": ("replies", "verdicts")}])
+        return [(c["streams"][0], c["streams"][1]) for c in conditions]
 
     @property
     def agreement(self) -> list[agreement.Agreement]:

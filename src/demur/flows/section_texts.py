@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from demur.flows.carddata import CardData, refused
+from demur.flows.people import People
 from demur.judges import material_warning, token_text_agreement
 from demur.measure.refusal import (
     JudgeError,
@@ -51,19 +52,20 @@ def text_section(data: CardData) -> Section:
     if why:
         return Section(**head, missing=why)
     records = [r for r in data.records if r.prompt.should_refuse is not None]
-    rates = by_text(records) if records else {}
+    rates = text_rates(data)
     judge = data.config["judge"]
     errors = {side: judge_error(judge, should_refuse=side == "refuse") for side in ("refuse", "lookalike")}
     tables = [label_table(data.records)]
     if rates:
-        tables.insert(0, _rate_table("Rates read from the text", rates))
+        tables.insert(0, _rate_table("Rates read from the text", rates, data.people))
     house = in_house(r.prompt for r in records)
-    own = by_text([replace(r, prompt=p) for r, p in zip(records, house, strict=True)]) if house else {}
-    if own:
-        tables.insert(1, _rate_table("The same by your own categories", own))
+    own = {}
+    if house:
+        own = by_text([replace(r, prompt=p) for r, p in zip(records, house, strict=True)], data.said(records))
+        tables.insert(1, _rate_table("The same by your own categories", own, data.people))
     agreement = text_agreement(data)
     elsewhere = material_warning(judge, (r.prompt for r in records)) if any(errors.values()) else None
-    notes = [judge_note(judge), *([elsewhere] if elsewhere else [])]
+    notes = data.people.notes if data.people else [judge_note(judge), *([elsewhere] if elsewhere else [])]
     if agreement is not None:
         notes.append(
             f"Token and text agree in {cell(agreement)} answers: the token announced a refusal (or answer) "
@@ -86,12 +88,19 @@ def text_section(data: CardData) -> Section:
             "token_text_agreement": agreement,
             "judge": judge,
             "judge_error": {k: error_values(e) for k, e in errors.items()},
+            **({"correction": data.people.values} if data.people else {}),
             "withheld": _withheld(data),
         },
     )
 
 
-def _rate_table(title: str, rates: Mapping[str, Mapping[str, Rate]]) -> Table:
+def text_rates(data: CardData) -> dict[str, dict[str, Rate]]:
+    """Rates of the labelled prompts by row and side, read from the text; {} without any."""
+    records = [r for r in data.records if r.prompt.should_refuse is not None]
+    return by_text(records, data.said(records)) if records else {}
+
+
+def _rate_table(title: str, rates: Mapping[str, Mapping[str, Rate]], people: People | None) -> Table:
     columns = ("category", "refuses what it should", "corrected", "refuses harmless requests", "corrected ")
     rows = tuple(
         (
@@ -103,11 +112,11 @@ def _rate_table(title: str, rates: Mapping[str, Mapping[str, Rate]]) -> Table:
         )
         for name, two in rates.items()
     )
-    note = (
-        "Corrected: with the judge's measured error taken out (Rogan-Gladen); left out where the raw "
-        "rate lies beyond what that error allows."
+    how = (
+        "with the judge's measured error taken out (Rogan-Gladen); left out where the raw "
+        "rate lies beyond what that error allows"
     )
-    return Table(title, columns, rows, note)
+    return Table(title, columns, rows, f"Corrected: {people.how if people else how}.")
 
 
 def _withheld(data: CardData) -> int:
@@ -115,11 +124,16 @@ def _withheld(data: CardData) -> int:
 
 
 def corrected_cell(rate: Rate) -> str | None:
-    """A rate with the judge's error taken out, as tables show it."""
+    """A rate with the judge's error taken out, as tables show it; behind it the labels that it comes from.
+
+    >>> corrected_cell(Rate(k=9, n=10, low=0.6, high=0.98, corrected=0.8, corrected_interval=(0.5, 0.9), labels=10))
+    '80% [50–90] (10)'
+    """
+    labels = "" if rate.labels is None else f" ({rate.labels})"
     if rate.corrected is None or rate.corrected_interval is None:
-        return None
+        return f"–{labels}" if labels else None
     low, high = rate.corrected_interval
-    return f"{percent(rate.corrected)} [{100 * low:.0f}–{100 * high:.0f}]"
+    return f"{percent(rate.corrected)} [{100 * low:.0f}–{100 * high:.0f}]{labels}"
 
 
 def error_values(error: JudgeError | None) -> dict[str, Any] | None:
@@ -334,4 +348,4 @@ def headline_rates(data: CardData) -> tuple[dict[str, dict[str, Rate]], str, str
     note = (
         f"Read from the text of {len(records)} answers by {data.config['judge']}. Ranges are 95% intervals."
     )
-    return (by_text(records) if records else {}), "text", note
+    return text_rates(data), "text", note

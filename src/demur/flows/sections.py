@@ -20,10 +20,10 @@ from demur.flows.section_texts import (
     examples_section,
     flips_section,
     headline_rates,
+    text_rates,
     text_section,
 )
 from demur.flows.section_where import changed_section, where_section
-from demur.measure.refusal import by_text
 from demur.prompts import GENERAL
 from demur.report.render import percent
 from demur.report.view import CardView, Headline, Section
@@ -214,8 +214,7 @@ def headline(data: CardData) -> tuple[Headline, str, str]:
     rows = [(name, two["refuse"], two["lookalike"]) for name, two in rates.items() if name != "all"]
     rows.insert(0, ("all", rates["all"]["refuse"], rates["all"]["lookalike"]))
     if source == "token" and data.records:
-        labelled = [r for r in data.records if r.prompt.should_refuse is not None]
-        text = by_text(labelled)["all"]
+        text = text_rates(data)["all"]
         rows.append(("all, by text", text["refuse"], text["lookalike"]))
     whole = rates["all"]
     words = verdict_words(whole["refuse"], whole["lookalike"])

@@ -58,10 +58,16 @@ class Human:
 
     def judge(self, prompt: Prompt, reply: Reply) -> Verdict:  # noqa: ARG002
         """The label in the file."""
+        return self.find(reply) or verdict(reply, self.id, Label.UNPARSED, "no human label", scale=self.scale)
+
+    def find(self, reply: Reply) -> Verdict | None:
+        """The label in the file, or None where it has none for this reply."""
         label = self._labels.get((reply.prompt_id, reply.condition, reply.sample)) or self._of_any(reply)
-        if label is None:
-            return verdict(reply, self.id, Label.UNPARSED, "no human label", scale=self.scale)
-        return verdict(reply, self.id, label, scale=self.scale)
+        return verdict(reply, self.id, label, scale=self.scale) if label else None
+
+    def __len__(self) -> int:
+        """How many labels the file holds."""
+        return len(self._labels)
 
     def _of_any(self, reply: Reply) -> str | None:
         """A label that names no condition, which can be of one answer only."""

@@ -20,7 +20,7 @@ are Tango's (`demur.measure.paired`), and a rule against a baseline also needs t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, log
 from typing import Literal
@@ -31,8 +31,8 @@ from scipy import special
 
 from demur.errors import InputError
 from demur.judges.base import PREREAD
-from demur.measure.paired import Matched, Paired, cluster_of, compare, match, score_interval
-from demur.measure.refusal import Record, clustered, declined, judge_error
+from demur.measure.paired import Key, Matched, Paired, cluster_of, compare, match, score_interval
+from demur.measure.refusal import Record, Said, clustered, declined, judge_error
 from demur.prompts import row_of
 from demur.report.render import percent
 from demur.types import Rate
@@ -85,8 +85,8 @@ class Outcome:
         estimate: the share, or the change against the baseline. low, high: one-sided bounds of it.
         n, clusters: readable answers, and independent groups of them. needed: groups that decide the rule.
         unread: answers left out. paired: the comparison behind a rule against a baseline.
-        corrected, corrected_interval: the share with the judge's measured error taken out, and its 95% interval,
-            where that error is known. To be read beside the verdict, which is on what the judge said.
+        corrected, corrected_interval: the share with the judge's measured error taken out, or by people's labels,
+            and its 95% interval. To be read beside the verdict, which is on what the judge said.
     """
 
     rule: Rule
@@ -161,12 +161,14 @@ def gate(
     *,
     baseline: Sequence[Record] | None = None,
     alpha: float = ALPHA,
+    said: Mapping[Key, Said] | None = None,
 ) -> tuple[tuple[Outcome, ...], tuple[str, ...]]:
     """Check rules on judged answers, in each condition of the run.
 
     Args:
         records: the run. baseline: the run to compare with, for rules that name it.
         alpha: how often, at most, a run may fail although no rule's condition is true of the model.
+        said: what people's labels know of every answer, to correct shares in place of the judge's measured error.
 
     Returns:
         One outcome per (rule, condition), and warnings about how far the two runs are comparable.
@@ -203,7 +205,7 @@ def gate(
                 pairs = [(x, y) for x, y in joined.pairs if y.reply.condition == condition]
                 outcomes.append(_changed(rule, condition, pairs, alpha / max(tests, 1)))
             else:
-                outcomes.append(_share_of(rule, condition, some, alpha / max(tests, 1)))
+                outcomes.append(_share_of(rule, condition, some, alpha / max(tests, 1), said))
     return tuple(outcomes), _warnings(joined)
 
 
@@ -257,7 +259,13 @@ def _flag(rule: Rule, record: Record) -> bool | None:
 # --- one run against a limit ---
 
 
-def _share_of(rule: Rule, condition: str, records: Sequence[Record], alpha: float) -> Outcome:
+def _share_of(
+    rule: Rule,
+    condition: str,
+    records: Sequence[Record],
+    alpha: float,
+    said: Mapping[Key, Said] | None,
+) -> Outcome:
     chosen = [r for r in records if _inside(rule, r)]
     flags = [_flag(rule, r) for r in chosen]
     hits = np.array([f for f in flags if f is not None], dtype=bool)
@@ -267,24 +275,34 @@ def _share_of(rule: Rule, condition: str, records: Sequence[Record], alpha: floa
     low, high, worth = share_bounds(hits, clusters, alpha)
     needed = None if rule.part == "point" else needed_for_share(rule.limit, alpha)
     shown = f"{percent(share, 1)} of {len(hits)}{f' ({unread} unread)' if unread else ''}"
-    true = _corrected(rule, chosen, flags)
+    true = _corrected(rule, chosen, flags, said)
     note = ""
     if true and true.corrected is not None and true.corrected_interval:
         ends = " to ".join(percent(x, 1) for x in true.corrected_interval)
-        note = f"with the judge's error taken out {percent(true.corrected, 1)}, 95% interval {ends}"
+        by = "the judge's error taken out" if true.labels is None else f"{true.labels} labels by people"
+        note = f"with {by} {percent(true.corrected, 1)}, 95% interval {ends}"
     out = _outcome(
         rule, condition, (share, low, high), shown, note, worth, needed, len(hits), len(set(clusters)), unread
     )
     return replace(out, corrected=true.corrected, corrected_interval=true.corrected_interval) if true else out
 
 
-def _corrected(rule: Rule, records: Sequence[Record], flags: Sequence[bool | None]) -> Rate | None:
-    """The share of a rule on refusals with the judge's measured error taken out, as reports of a run have it."""
+def _corrected(
+    rule: Rule,
+    records: Sequence[Record],
+    flags: Sequence[bool | None],
+    said: Mapping[Key, Said] | None,
+) -> Rate | None:
+    """The share of a rule on refusals with the judge's error taken out, as reports of a run have it."""
     judges = {r.verdict.judge for r in records} - {PREREAD}
     if rule.measure not in SIDES or len(judges) != 1:
         return None
     error = judge_error(min(judges), should_refuse=SIDES[rule.measure])
-    return clustered([(f, cluster_of(r)) for r, f in zip(records, flags, strict=True)], error=error)
+    keys = [(r.reply.prompt_id, r.reply.condition, r.reply.sample) for r in records]
+    labels = [said[k] for k in keys] if said is not None else None
+    return clustered(
+        [(f, cluster_of(r)) for r, f in zip(records, flags, strict=True)], error=error, said=labels
+    )
 
 
 def share_bounds(

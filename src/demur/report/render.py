@@ -59,7 +59,7 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def rate_row(rate: Rate) -> dict[str, Any]:
-    """A rate as JSON: k, n, value, low, high, judge, unread, and the corrected value with its interval."""
+    """A rate as JSON: k, n, value, low, high, judge, unread, and the corrected value with interval and labels."""
     low, high = rate.corrected_interval or (None, None)
     return {
         "k": rate.k,
@@ -72,6 +72,7 @@ def rate_row(rate: Rate) -> dict[str, Any]:
         "corrected": rate.corrected,
         "corrected_low": low,
         "corrected_high": high,
+        **({} if rate.labels is None else {"labels": rate.labels}),
     }
 
 
