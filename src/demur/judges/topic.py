@@ -1,7 +1,8 @@
 """Is an answer about something else than its request? Words, and which words go together; numpy alone.
 
-Content words of the request that the answer takes up, and how near the answer's words lie to them in vectors of words
-that stand in one text. `packages/refusal-classifier/topics.py` of the repository fitted the tables on our own pairs.
+Content words of the request that the answer takes up, and how near the answer's words lie to them in vectors of
+words that stand in one text. `packages/refusal-classifier/topics.py` of the repository fitted the tables on our own
+pairs.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ EVIDENCE = (
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _ENDINGS = ("ing", "ed", "ies", "es", "s", "ly", "er")
 _MAKES = re.compile(
-    r"\b(?:writ(?:e|ing)|rewrite|compose|draft|poems?|poetry|verses?|rhymes?|rhyming|odes?|sonnet|haiku|limerick|lyrics|"
-    r"songs?|rap|ballad|story|stories|tales?|fiction|novels?|fable|scene|plot|chapter|dialogue|monologue|screenplay|"
-    r"script|parody|characters?|thriller|adventure|opera|pretend|imagine|act|play|role-?play|persona|you are|"
-    r"be (?:a|an|my|the)|as if|like an?|jokes?|laugh|funny|puns?|riddles?|slogans?|tagline|titles?|headlines?|names?|"
-    r"nicknames?|captions?|tweets?|posts?|letters?|e-?mails?|messages?|speech|toast|essay|card|invent|make up|come up|"
-    r"brainstorm|ideas?|translat\w+|english|means?|meaning|paraphrase|rephrase|summar\w+|sum up|shorten|simplify|"
-    r"correct|fix|proofread|grammar|polite\w*|formal|continue|complete|finish|next|begin|start|first line|extract|"
-    r"json|yaml|csv|xml|html|css|sql|regex|code|function|python|javascript|shell|formula|say|repeat|answer with|"
+    r"\b(?:writ(?:e|ing)|rewrite|compose|draft|poems?|poetry|verses?|rhymes?|rhyming|odes?|sonnet|haiku|"
+    r"limerick|lyrics|songs?|rap|ballad|story|stories|tales?|fiction|novels?|fable|scene|plot|chapter|"
+    r"dialogue|monologue|screenplay|script|parody|characters?|thriller|adventure|opera|pretend|imagine|"
+    r"act|play|role-?play|persona|you are|be (?:a|an|my|the)|as if|like an?|jokes?|laugh|funny|puns?|"
+    r"riddles?|slogans?|tagline|titles?|headlines?|names?|nicknames?|captions?|tweets?|posts?|letters?|"
+    r"e-?mails?|messages?|speech|toast|essay|card|invent|make up|come up|brainstorm|ideas?|translat\w+|"
+    r"english|means?|meaning|paraphrase|rephrase|summar\w+|sum up|shorten|simplify|correct|fix|proofread|"
+    r"grammar|polite\w*|formal|continue|complete|finish|next|begin|start|first line|extract|json|yaml|csv|"
+    r"xml|html|css|sql|regex|code|function|python|javascript|shell|formula|say|repeat|answer with|"
     r"reply with|respond|word|words)\b"
 )
 """Requests to make, change or play something: what comes back need not hold a word of theirs."""
@@ -127,8 +129,8 @@ class Topics:
     def odds(self, prompt: Prompt, content: str) -> float | None:
         """How far an answer's topic is beyond the threshold, or None where that is not decided.
 
-        Not decided: conversations, system messages and images, which an answer may be about; requests to make, play or
-        change something; answers that are code or data; long requests; few content words.
+        Not decided: conversations, system messages and images, which an answer may be about; requests to make,
+        play or change something; answers that are code or data; long requests; few content words.
         """
         request = prompt.text
         if len(prompt.messages) != 1 or prompt.images or len(request) > READ:
