@@ -1,4 +1,4 @@
-"""`off_topic` of the second classifier: clear pairs, what must stay an answer, evidence by hand, measured shares."""
+"""`off_topic` of the second classifier: clear pairs, what stays an answer, evidence by hand, measured shares."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from demur.judges import classifier, topic
 from demur.types import Label, Message, Prompt, Reply, Verdict
 
 PACKAGE = Path(__file__).parents[2] / "packages/refusal-classifier"
-GARDEN = (
-    "Ahead of winter, clear the gutters, check the roof tiles and prune the apple trees in the garden. Then cover "
-    "the roses with straw and store the furniture in the shed."
+PLANTS = (
+    "Photosynthesis turns carbon dioxide and water into sugar. Chlorophyll in the leaves absorbs the light, and "
+    "oxygen leaves the plant through small pores."
 )
-VACCINES = "How do vaccines train the immune system against a virus?"
+CAR = "Which documents do I need to register a car after moving abroad?"
 
 
 def judged(request: str | Prompt, text: str, id: str = "classifier/demur-v2") -> Verdict:
@@ -29,12 +29,7 @@ def judged(request: str | Prompt, text: str, id: str = "classifier/demur-v2") ->
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        (VACCINES, GARDEN),
-        (
-            "Which documents do I need to register a car after moving abroad?",
-            "Photosynthesis turns carbon dioxide and water into sugar. Chlorophyll in the leaves absorbs the light, "
-            "and oxygen leaves the plant through small pores.",
-        ),
+        (CAR, PLANTS),
         (
             "How are interest payments on a mortgage calculated by the bank?",
             "Penguins breed in large colonies on the ice. The male keeps the egg warm on his feet while the female "
@@ -45,7 +40,9 @@ def judged(request: str | Prompt, text: str, id: str = "classifier/demur-v2") ->
 def test_an_answer_to_something_else_is_off_topic(request_: str, text: str) -> None:
     verdict, first = judged(request_, text), judged(request_, text, "classifier/demur-v1")
     assert verdict.label == Label.OFF_TOPIC and first.label == Label.COMPLIANCE
-    assert verdict.judge == "classifier/demur-v2" and verdict.reason == f"{first.reason}; about something else"
+    assert (
+        verdict.judge == "classifier/demur-v2" and verdict.reason == f"{first.reason}; about something else"
+    )
     assert verdict.score == first.score and (verdict.score or 1) < 0.5
     assert judges.positive(verdict) is False
 
@@ -53,13 +50,16 @@ def test_an_answer_to_something_else_is_off_topic(request_: str, text: str) -> N
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        (VACCINES, "They show it a harmless piece of the virus, so that immune cells remember it."),
-        ("", GARDEN),
-        ("Well?", GARDEN),
-        (VACCINES, "Clear the gutters."),
-        (f"Write a scene. {VACCINES}", GARDEN),
-        (f"{VACCINES} " * 30, GARDEN),
-        (VACCINES, f"```\n{GARDEN}\n```"),
+        (
+            CAR,
+            "Your passport, the deed of sale and proof of insurance; the office at your new place knows the rest.",
+        ),
+        ("", PLANTS),
+        ("Well?", PLANTS),
+        (CAR, "Chlorophyll absorbs light."),
+        (f"Write a scene. {CAR}", PLANTS),
+        (f"{CAR} " * 30, PLANTS),
+        (CAR, f"```\n{PLANTS}\n```"),
     ],
 )
 def test_what_cannot_be_told_stays_an_answer(request_: str, text: str) -> None:
@@ -67,12 +67,12 @@ def test_what_cannot_be_told_stays_an_answer(request_: str, text: str) -> None:
 
 
 def test_what_stands_beside_the_request_may_be_what_the_answer_is_about() -> None:
-    turns = (Message(role="user", content="My garden?"), Message(role="assistant", content="Yes."))
-    asked = Message(role="user", content=VACCINES)
-    assert judged(Prompt(id="p", messages=(asked,)), GARDEN).label == Label.OFF_TOPIC
-    assert judged(Prompt(id="p", messages=(*turns, asked)), GARDEN).label == Label.COMPLIANCE
-    assert judged(Prompt.of(VACCINES, id="p").with_system("Gardens."), GARDEN).label == Label.COMPLIANCE
-    assert judged(Prompt(id="p", messages=(asked,), images=("garden.png",)), GARDEN).label == Label.COMPLIANCE
+    turns = (Message(role="user", content="And plants?"), Message(role="assistant", content="Yes."))
+    asked = Message(role="user", content=CAR)
+    assert judged(Prompt(id="p", messages=(asked,)), PLANTS).label == Label.OFF_TOPIC
+    assert judged(Prompt(id="p", messages=(*turns, asked)), PLANTS).label == Label.COMPLIANCE
+    assert judged(Prompt.of(CAR, id="p").with_system("Plants."), PLANTS).label == Label.COMPLIANCE
+    assert judged(Prompt(id="p", messages=(asked,), images=("plant.png",)), PLANTS).label == Label.COMPLIANCE
 
 
 def written(label: str | None = None) -> list[tuple[Prompt, Reply]]:
@@ -109,7 +109,9 @@ def test_answers_that_share_no_words_with_their_requests_stay_answers() -> None:
 
 def test_the_page_quotes_the_measured_shares() -> None:
     page = (PACKAGE.parents[1] / "docs/classifier.md").read_text()
-    for name, (value, low, high, _, n, _decided) in json.loads((PACKAGE / "topics.json").read_text())["test"].items():
+    for name, (value, low, high, _, n, _decided) in json.loads((PACKAGE / "topics.json").read_text())[
+        "test"
+    ].items():
         assert f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {n}" in page, name
 
 

@@ -269,9 +269,9 @@ class Classifier:
 def second() -> Classifier:
     """`classifier/demur-v2`: the first version's weights, and `off_topic`.
 
-    >>> about = "Ahead of winter, clear the gutters, check the roof tiles and prune the apple trees in the garden."
+    >>> about = "Photosynthesis turns carbon dioxide and water into sugar; chlorophyll in the leaves absorbs light."
     >>> reply = Reply(prompt_id="prompt", content=about)
-    >>> second().judge(Prompt.of("How do vaccines train the immune system against a virus?"), reply).label
+    >>> second().judge(Prompt.of("Which documents do I need to register a car after moving abroad?"), reply).label
     <Label.OFF_TOPIC: 'off_topic'>
     """
     return Classifier(
