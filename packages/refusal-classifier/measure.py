@@ -1,8 +1,9 @@
-"""Measure `classifier/demur-v1` on sets that training never saw: `python measure.py` writes `measured.json`.
+"""Measure `classifier/demur-v1` and `-v2` on sets that training never saw: `python measure.py`.
 
-Needs `DEMUR_DATA`. Nothing of these sets was used to train or to choose anything here; `measured.json` says how
-often their totals were looked at on the way. The classifier uses phrases of `rules/demur-v1`, which was written
-while one half of XSTest's answers was watched, so the figures that count are those of the other half ("unwatched").
+Writes `measured.json`. Needs `DEMUR_DATA`. Nothing of these sets was used to train or to choose anything here;
+`measured.json` says how often their totals were looked at on the way. The classifier uses phrases of
+`rules/demur-v1`, which was written while one half of XSTest's answers was watched, so the figures that count are
+those of the other half ("unwatched").
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from typing import Any
 import numpy as np
 
 from demur import judges, stats
-from demur.judges.labelled_sets import LabelledReply, medical_items, pyrit_items, xstest_items, xstest_models
-from demur.types import Prompt, Reply, Verdict
+from demur.judges.labelled_sets import (
+    LabelledReply,
+    blackbox_items,
+    jbb_items,
+    medical_items,
+    pyrit_items,
+    xstest_items,
+    xstest_models,
+)
+from demur.types import Label, Prompt, Reply, Verdict
 from train import held_back
 
 HERE = Path(__file__).parent
-LOOKS = 12
+LOOKS = 13
 """How often the totals on XSTest, PyRIT and the medical pairs were looked at, this run included."""
 SHOWN = ("accuracy", "kappa", "sensitivity", "specificity")
 PARTS = ("xstest, unwatched half", "xstest")
@@ -57,6 +66,11 @@ def verdicts(judge: judges.Judge, items: Sequence[Item]) -> list[Verdict]:
     return judges.judge_all(judge, pairs)
 
 
+def declines(name: str, verdict: Verdict) -> bool | None:
+    """A verdict as yes or no; PyRIT's people call an answer off the topic a refusal."""
+    return True if name == "pyrit" and verdict.label == Label.OFF_TOPIC else judges.positive(verdict)
+
+
 def probability(every: Sequence[Verdict], truth: Sequence[bool]) -> dict[str, float]:
     """How the probability ranks and how far it is off: AUROC and expected calibration error."""
     p = np.array([v.score or 0.0 for v in every])
@@ -81,7 +95,7 @@ def row(guess: Sequence[bool | None], truth: Iterable[bool]) -> dict[str, Any]:
 
 
 def main() -> None:
-    ours = judges.get("classifier/demur-v1")
+    ours, before = judges.get("classifier/demur-v2"), judges.get("classifier/demur-v1")
     string, rule = judges.get("rules/xstest-v1"), judges.get("rules/demur-v1")
     sets: dict[str, list[Item]] = {}
     models = xstest_models()
@@ -90,6 +104,8 @@ def main() -> None:
         sets[part] = [item for m in models for item in sets[f"{part}/{m}"]]
     sets |= {
         "pyrit": items_of(pyrit_items()),
+        "gpt-3.5 answers, unwatched half": items_of(i for i in blackbox_items() if not i.seen),
+        "jailbreakbench": items_of(jbb_items()),
         "medical answers": medical(declined=False),
         "medical refusals": medical(declined=True),
     }
@@ -97,9 +113,11 @@ def main() -> None:
     out: dict[str, Any] = {"judge": ours.id, "looks": LOOKS, "published": PUBLISHED, "sets": {}}
     for name, items in sets.items():
         truth = [t for _, _, t in items]
-        read = {j.id: verdicts(j, items) for j in (ours, string, rule)}
-        guesses = {id: [judges.positive(v) for v in every] for id, every in read.items()}
+        read = {j.id: verdicts(j, items) for j in (ours, before, string, rule)}
+        guesses = {id: [declines(name, v) for v in every] for id, every in read.items()}
         out["sets"][name] = {id: row(g, truth) for id, g in guesses.items()}
+        off_topic = sum(v.label == Label.OFF_TOPIC for v in read[ours.id])
+        out["sets"][name][ours.id]["off_topic"] = off_topic
         if name in PARTS:
             right = [[g == t for g, t in zip(guesses[j.id], truth, strict=True)] for j in (ours, string)]
             out["sets"][name]["mcnemar_against_string_match"] = float(f"{stats.mcnemar(*right).p_value:.3g}")

@@ -72,21 +72,27 @@ def test_it_needs_numpy_alone() -> None:
     code = (
         "import sys\nfrom demur import judges\nfrom demur.types import Prompt, Reply\n"
         "reply = Reply(prompt_id='prompt', content='Hello there.')\n"
-        "judges.get('classifier/demur-v1').judge(Prompt.of('Hi'), reply)\n"
+        "judges.get('classifier/demur-v2').judge(Prompt.of('Hi'), reply)\n"
         "print([m for m in ('torch', 'sklearn', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_speed() -> None:
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_speed(version: str) -> None:
     text = "You can do this in several ways, and each has its own advantages and drawbacks. " * 9
     pairs = [
-        (Prompt.of("Hi", id=str(i)), Reply(prompt_id=str(i), content=f"{i} {text}")) for i in range(1000)
+        (
+            Prompt.of("How do glaciers carve fjords?", id=str(i)),
+            Reply(prompt_id=str(i), content=f"{i} {text}"),
+        )
+        for i in range(1000)
     ]
-    judges.judge_all(judges.get("classifier/demur-v1"), pairs[:10])
+    judge = judges.get(f"classifier/demur-{version}")
+    judges.judge_all(judge, pairs[:10])
     start = time.process_time()
-    judges.judge_all(judges.get("classifier/demur-v1"), pairs)
+    judges.judge_all(judge, pairs)
     assert time.process_time() - start < 1.5, "0.3 s on an idle machine"
 
 
@@ -185,10 +191,11 @@ def test_the_page_quotes_what_was_measured() -> None:
     parts = ("xstest, unwatched half", "xstest")
     models = ("gpt4", "llama2new", "mistralinstruct")
     for name in (*parts, *(f"{part}/{model}" for part in parts for model in models), "pyrit"):
-        row = measured["sets"][name]["classifier/demur-v1"]
-        value, low, high = row["kappa"]
-        assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in page, name
-        assert f"{row['n']:,}" in page
+        for id in ("classifier/demur-v1", "classifier/demur-v2"):
+            row = measured["sets"][name][id]
+            value, low, high = row["kappa"]
+            assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in page, (name, id)
+            assert f"{row['n']:,}" in page
     half = measured["sets"]["xstest, unwatched half"]
     for key in ("macro_kappa", "auroc", "ece"):
         assert f"{half[key]:.3f}" in page, key

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 
 from demur.errors import InputError
-from demur.judges import human, rubric, rules, template
+from demur.judges import classifier, human, rubric, rules, template
 from demur.judges.agreement import (
     Agreement,
     material_warning,
@@ -74,7 +74,10 @@ __all__ = [
 ]
 
 _READY: dict[str, Judge] = {"first_token/control-v1": FirstToken(), **rules.RULES}
-_LOADED: dict[str, Callable[[], Judge]] = {"classifier/demur-v1": Classifier}
+_LOADED: dict[str, Callable[[], Judge]] = {
+    "classifier/demur-v1": Classifier,
+    "classifier/demur-v2": classifier.second,
+}
 """Judges that read files: made when asked for."""
 
 

@@ -20,8 +20,8 @@ from demur.types import DECLINING, Label, Prompt, Reply
 DECLINED = DECLINING | {Label.BLOCKED}
 """Labels that count as "any refusal" when a judge is compared with a two-way human label."""
 
-TUNED = frozenset({"rules/demur-v1", "classifier/demur-v1"})
-"""The judge that was tuned on halves of two sets, and the one that takes its phrases."""
+TUNED = frozenset({"rules/demur-v1", "classifier/demur-v1", "classifier/demur-v2"})
+"""The judge that was tuned on halves of two sets, and those that take its phrases."""
 XSTEST_MODELS = ("gpt4", "llama2new", "mistralinstruct")
 _CURLY = "\u2019"
 

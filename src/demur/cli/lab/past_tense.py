@@ -17,7 +17,7 @@ from demur.types import Prompt, PromptSet, Reply, Report
 if TYPE_CHECKING:
     from demur.stress.past_tense import TenseSet
 
-JUDGES = ("rules/demur-v1", "classifier/demur-v1", "rules/gcg-v1")
+JUDGES = ("rules/demur-v1", "classifier/demur-v2", "rules/gcg-v1")
 """Three readings of each answer; the last one's list is that of the paper's rule judge."""
 
 
