@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from demur import prompts
+from demur import control, judges, prompts
 from demur.files import write_atomic
 from demur.flows.load import load_runtime
+from demur.judges.base import positive
+from demur.measure.refusal import count
 from demur.prompts import stratified
 from demur.stats import auroc
 from demur.train.refusal_tokens import Recipe, RefusalTokens, is_lookalike
-from demur.types import PromptSet
-from measure import no_dial, table, truth
+from demur.types import Condition, OperatingPoint, PromptSet, Threshold
+from measure import show, table, truth
 
 HERE = Path(__file__).parent
 ROWS, TRUE_RATE, DRAWS = 2200, 0.8, 2000
@@ -97,6 +99,18 @@ def contrast(base: Any, seed: int) -> dict[str, Any]:
     return {"seed": seed, "sets": found}
 
 
+def by_text(runtime: Any, items: PromptSet) -> dict[str, Any]:
+    """Both refusal rates of 32 tokens of answer, by prompts to decline and prompts to answer."""
+    judge = judges.get("rules/demur-v1")
+    replies = list(runtime.generate(items, Condition(max_new_tokens=32)))
+    said = [positive(judge.judge(q, r)) for q, r in zip(items, replies, strict=True)]
+    sides = {"refused": True, "falsely": False}
+    return {
+        name: show(count((s for s, q in zip(said, items, strict=True) if q.should_refuse is side), judge.id))
+        for name, side in sides.items()
+    }
+
+
 def dial(base: Any) -> dict[str, Any]:
     """What texts show of both modes; one seed, every tenth prompt of core/test."""
     rows, select = arms(0)["with"], prompts.core("select")
@@ -106,7 +120,13 @@ def dial(base: Any) -> dict[str, Any]:
             recipe = Recipe(mode=mode, epochs=1, distilled=400, answer_tokens=24, lr=3e-4)
             RefusalTokens(recipe).fit(base, rows, select, f"{folder}/{mode}")
         plain, tuned = (load_runtime("smollm2", adapter=f"{folder}/{mode}") for mode in ("none", "category"))
-        return no_dial(plain, tuned, some)
+        out = {"without tokens": by_text(plain, some)}
+        for tau in (0.02, 0.5, 0.98):
+            thresholds = {c: Threshold(tau=tau) for c in tuned.control.refuse}
+            point = OperatingPoint(id=f"tau {tau}", thresholds=thresholds)
+            with control.RefusalTokens(point, allow_refusal_lowering=True).on(tuned) as dialled:
+                out[f"tau {tau}"] = by_text(dialled, some)
+        return out
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Measure the shipped adapter on prompts its training never saw, and write `measured.json`.
 
-    DEMUR_DATA=... python packages/demur-smollm2/measure.py [--adapter FOLDER] [--without FOLDER]
+    DEMUR_DATA=... python packages/demur-smollm2/measure.py [--adapter FOLDER]
 
-Prints each figure with n and interval. `--without` names an adapter trained without contrast rows, for the
-comparison at equal true refusals. Needs the extras local and train (scikit-learn for the bag-of-words baseline).
+Prints each figure with n and interval. Needs the extras local and train (scikit-learn for the bag-of-words
+baseline).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from demur.files import dump_operating_point, write_atomic
 from demur.flows.load import load_runtime
 from demur.judges import token_text_agreement
 from demur.stats import auroc, auroc_interval, bootstrap_interval, ece, rate
-from demur.types import DECLINING, RESPOND, Condition, Label, OperatingPoint, PromptSet, Rate, Threshold
+from demur.types import RESPOND, Condition, Label, OperatingPoint, PromptSet, Rate
 
 TAUS = np.linspace(0, 1, 101)
 BUDGETS = (0.03, 0.02, 0.015, 0.01, 0.007, 0.005)
@@ -157,14 +157,6 @@ def declined(P: np.ndarray, names, point: OperatingPoint) -> np.ndarray:
     return decide(P, names, cuts(point), point.rule) < len(names) - 1
 
 
-def false_refusals_at(P: np.ndarray, items: PromptSet, true_rate: float) -> Rate:
-    """False refusals on look-alikes where true refusals reach `true_rate`, thresholding p_refuse."""
-    y, p = truth(items), P[:, :-1].sum(1)
-    tau = float(np.quantile(p[y], 1 - true_rate, method="lower"))
-    benign = p[~y] >= tau
-    return rate(int(benign.sum()), len(benign))
-
-
 def usefulness(runtime, base, point: OperatingPoint, items: PromptSet, tokens: int = 64) -> dict:
     """Share of benign prompts that are still answered, and how likely the base model finds the answers."""
     judge = judges.get("rules/demur-v1")
@@ -220,45 +212,15 @@ def sample(items: PromptSet, step: int) -> PromptSet:
     return PromptSet(f"{items.name} sample", items.prompts[::step])
 
 
-def no_dial(plain, tuned, items: PromptSet) -> dict:
-    """What texts show of the baseline trained on the same rows without control tokens, and of the dialled model.
-
-    The baseline has one refusal rate and one false refusal rate; the dialled model has them at each threshold
-    (three here, the same for all categories).
-    """
-    judge, y = judges.get("rules/demur-v1"), truth(items)
-
-    def rates(replies) -> dict:
-        said = np.array([judge.judge(q, r).label in DECLINING for q, r in zip(items, replies, strict=True)])
-        return {
-            "refused": show(rate(int(said[y].sum()), int(y.sum()), judge=judge.id)),
-            "falsely": show(rate(int(said[~y].sum()), int((~y).sum()), judge=judge.id)),
-        }
-
-    short = Condition(max_new_tokens=32)
-    out = {"baseline": rates(list(plain.generate(items, short)))}
-    for tau in (0.02, 0.5, 0.98):
-        point = OperatingPoint(
-            id=f"tau {tau}", thresholds={c: Threshold(tau=tau) for c in tuned.control.refuse}
-        )
-        with RefusalTokens(point, allow_refusal_lowering=True).on(tuned) as dialled:
-            out[f"tau {tau}"] = rates(list(dialled.generate(items, short)))
-    return out
-
-
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__)
     ask.add_argument("--adapter", type=Path, default=HERE / "src/demur_smollm2/adapter")
-    ask.add_argument("--without", type=Path, help="adapter trained without contrast rows")
     ask.add_argument("--out", type=Path, default=HERE / "measured.json")
     ask.add_argument(
         "--alpha", type=float, default=0.05, help="budget of false refusals for the operating point"
     )
     ask.add_argument(
         "--answers", choices=("model", "base"), default="base", help="who answers what is accepted"
-    )
-    ask.add_argument(
-        "--without-tokens", type=Path, help="adapter trained in mode none, the baseline without a dial"
     )
     ask.add_argument("--quick", action="store_true", help="scores only, no generated text")
     args = ask.parse_args()
@@ -338,24 +300,6 @@ def main() -> None:
         for k, (c, t) in enumerate((c, point.thresholds[c]) for c in names[:-1])
     }
     print("point", json.dumps(out["operating_point"]), flush=True)
-    if args.without:
-        other = load_runtime("smollm2", adapter=args.without)
-        out["contrast"] = {}
-        for name in ("core/test", "coconot"):
-            Q = table(other, sets[name])
-            out["contrast"][name] = {
-                f"true refusals {r:.0%}": {
-                    "with": show(false_refusals_at(P[name], sets[name], r)),
-                    "without": show(false_refusals_at(Q, sets[name], r)),
-                }
-                for r in (0.7, 0.8, 0.9)
-            } | {"auroc_without": ranking(Q, sets[name], names)["auroc"]}
-        print("contrast", json.dumps(out["contrast"]), flush=True)
-    if args.without_tokens:
-        out["without_tokens"] = no_dial(
-            load_runtime("smollm2", adapter=args.without_tokens), runtime, sample(test, 5)
-        )
-        print("without tokens", json.dumps(out["without_tokens"]), flush=True)
     if not args.quick:
         out["agreement"] = agreement(runtime, point, sample(test, 7))
         print("agreement", json.dumps(out["agreement"]), flush=True)
