@@ -95,7 +95,9 @@ def test_the_first_version_stays_and_only_answers_change() -> None:
 
 
 def test_both_versions_share_their_weights() -> None:
-    assert classifier.second().weights is classifier.Classifier().weights
+    first, second = classifier.Classifier(), classifier.second()
+    assert second.weights is first.weights
+    assert second.definition.startswith(first.definition) and second.definition.endswith("is off_topic")
 
 
 def test_answers_that_share_no_words_with_their_requests_stay_answers() -> None:
