@@ -43,8 +43,8 @@ class People:
     def how(self) -> str:
         """Where the corrected rates of a report come from."""
         return (
-            f"by your labels of {self.counts['labels']} answers (prediction-powered; behind each how many fell into "
-            f"its row), left out where they are worth fewer than {LEAST}"
+            f"by your labels of {self.counts['labels']} answers (prediction-powered; behind each how many fell "
+            f"into its row), left out where they are worth fewer than {LEAST}"
         )
 
     @property
