@@ -3,8 +3,8 @@
 On topic: a request with its own answer. Off topic: with the answer to another request of the same writer (or, of
 core, sub-category), a random one or, "hard", of 30 random ones that to the nearest request. Four parts that share
 no writer, and of SmolLM2's answers hardly a request: `fit`, `selection` (settings), `threshold`, `test`.
-`on_topic.jsonl` has short, made-up, acted and translated answers for selection and test. `--check` prints the figures of selection
-alone; else `src/demur/judges/topic_v1.npz` and `topics.json` are written. Needs scikit-learn.
+`on_topic.jsonl` has short, made-up, acted and translated answers for selection and test. `--check` prints the
+figures of selection alone; else `src/demur/judges/topic_v1.npz` and `topics.json` are written. Needs scikit-learn.
 
 The test part was read twice. At a threshold that let 0.5 % of the threshold part through it showed 2 of 251 and 2
 of 334 on-topic answers and 1 of 60 cases called off topic, so `WRONG` was halved.
