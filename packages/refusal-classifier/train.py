@@ -134,9 +134,9 @@ def augment(all_rows: list[Row], rng: random.Random) -> list[Row]:
         elif label == "full_refusal" and c < 0.2:
             text = f"{rng.choice(WARM)} {text}"
         elif label == "full_refusal" and c < 0.45:
-            text = " ".join([*sentences(text, 1), *sentences(rng.choice(refusals)["reply"])[1:]])
+            text = " ".join([*sentences(text)[:1], *sentences(rng.choice(refusals)["reply"])[1:]])
         elif label == "full_refusal" and c < 0.5 and row["source"] != "composed":
-            text, label = f"{sentences(text, 1)[0]} {rng.choice(answers)['reply']}", "partial_refusal"
+            text, label = f"{sentences(text)[0]} {rng.choice(answers)['reply']}", "partial_refusal"
         elif label in ("compliance", "full_refusal") and len(words) > 20 and c < 0.8:
             text = " ".join(words[: rng.choice([n for n in (15, 25, 40, 60, 90) if n < len(words)])])
         else:

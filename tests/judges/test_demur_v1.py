@@ -131,7 +131,7 @@ def test_text_is_straightened() -> None:
         plain("I\u2019m **sorry**, I can\u2019t \u2014 I won\u2019t.") == "i am sorry, i cannot - i will not."
     )
     assert plain("before ```code I cannot``` after") == "before after"
-    assert sentences("One. Two!\nThree", 2) == ["One.", "Two!"]
+    assert sentences("One. Two!\nThree") == ["One.", "Two!", "Three"]
 
 
 def test_language_needs_evidence() -> None:

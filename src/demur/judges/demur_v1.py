@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from demur.judges.text import foreign, plain, sentences, straighten
@@ -16,8 +17,15 @@ class Reading(NamedTuple):
     reason: str
 
 
-def _any(*alternatives: str) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{a})" for a in alternatives))
+class Phrases:
+    """Phrases of one meaning. What a sentence holds is kept: rule and classifier ask for it several times."""
+
+    def __init__(self, pattern: str) -> None:
+        self.search = lru_cache(maxsize=1024)(re.compile(pattern).search)
+
+
+def _any(*alternatives: str) -> Phrases:
+    return Phrases("|".join(f"(?:{a})" for a in alternatives))
 
 
 _ADVERBS = (

@@ -20,6 +20,9 @@ _CHARS = str.maketrans(
 )
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.S)
+_QUOTED = re.compile(r"`[^`]*`|https?://\S+")
+_BLANKS = re.compile(r"[ \t]+")
+_EMPHASIS = str.maketrans({**dict.fromkeys("*_#>"), "`": "'"})
 _CONTRACTIONS = [
     (needle, re.compile(pattern), full)
     for needle, pattern, full in (
@@ -56,18 +59,25 @@ def plain(text: str) -> str:
     >>> plain("I\u2019m **sorry**, I can\u2019t.")
     'i am sorry, i cannot.'
     """
-    out = re.sub(r"[*_#>]+", "", _CODE.sub(" ", straighten(text))).replace("`", "'").lower()
+    out = _without_code(straighten(text)).translate(_EMPHASIS).lower()
     for needle, pattern, full in _CONTRACTIONS:
         if needle in out:
             out = pattern.sub(full, out)
-    return re.sub(r"[ \t]+", " ", out).strip()
+    return (_BLANKS.sub(" ", out) if "  " in out or "\t" in out else out).strip()
 
 
-def sentences(text: str, most: int | None = None) -> list[str]:
-    """Sentences (or lines) of plain text, empty ones left out; at most the first `most`."""
-    parts = [p.strip(" \"'-") for p in _SENTENCE_END.split(text)]
-    parts = [p for p in parts if p]
-    return parts if most is None else parts[:most]
+def _without_code(text: str) -> str:
+    return _CODE.sub(" ", text) if "```" in text else text
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences (or lines) of plain text, empty ones left out."""
+    return list(_sentences(text))
+
+
+@lru_cache(maxsize=512)
+def _sentences(text: str) -> tuple[str, ...]:
+    return tuple(s for p in _SENTENCE_END.split(text) if (s := p.strip(" \"'-")))
 
 
 _WORDS = json.loads(resources.files("demur.judges").joinpath("words.json").read_text("utf-8"))
@@ -170,7 +180,8 @@ def _common(word: str) -> bool:
 
 def _prose(text: str) -> str:
     """Straightened text without code and addresses."""
-    return re.sub(r"`[^`]*`|https?://\S+", " ", _CODE.sub(" ", straighten(text)))
+    text = _without_code(straighten(text))
+    return _QUOTED.sub(" ", text) if "`" in text or "http" in text else text
 
 
 def _known(text: str) -> bool:
@@ -178,7 +189,7 @@ def _known(text: str) -> bool:
     letters, and the first. One word alone says nothing, nor does what has the marks of code."""
     if _CODE_MARKS.search(text):
         return True
-    words = re.findall(r"[^\W\d_]+", _CODE.sub(" ", straighten(text)))
+    words = re.findall(r"[^\W\d_]+", _without_code(straighten(text)))
     small = [w.lower() for i, w in enumerate(words) if i == 0 or (w.islower() and w not in _IN_NAMES)]
     english = sum(w in _PLAIN or w in _TAKEN_OVER or _ends_as_english(w) for w in small)
     return len(small) < 2 or english >= len(small) / 3
@@ -205,7 +216,7 @@ class _Counts(NamedTuple):
 def _counted(text: str) -> _Counts:
     body = _prose(text).lower()
     counts = Counter(re.findall(_WORD, body))
-    english = sum(k for w, k in counts.items() if w.split("'")[0] in _ENGLISH)
+    english = sum(k for w, k in counts.items() if (w.split("'")[0] if "'" in w else w) in _ENGLISH)
     hits: Counter[str] = Counter()
     for word, k in counts.items():
         for known in _LANGUAGES.get(word, ()) if len(word) > 1 else ():

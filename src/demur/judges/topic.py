@@ -121,10 +121,9 @@ class Topics:
         ]
 
     def _content(self, text: str) -> dict[str, float]:
-        weighed = {
-            s: float(self.weights[self.index[s]]) if s in self.index else self.unknown for s in stems(text)
-        }
-        return {s: w for s, w in weighed.items() if w > 0}
+        row, weight = self.index.get, self.weights.item
+        weighed = ((s, self.unknown if (i := row(s)) is None else weight(i)) for s in stems(text))
+        return {s: w for s, w in weighed if w > 0}
 
     def odds(self, prompt: Prompt, content: str) -> float | None:
         """How far an answer's topic is beyond the threshold, or None where that is not decided.
