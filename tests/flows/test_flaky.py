@@ -17,7 +17,7 @@ import pytest
 
 from demur import judges
 from demur.flows.measure import Measured, measure
-from demur.flows.runs import RunFolder
+from demur.flows.runs import WINDOW, RunFolder
 from demur.runtime.openai import OpenAIRuntime
 from demur.runtime.scripted import ScriptedRuntime
 from demur.types import Condition, Label, Prompt, PromptSet, Reply, Verdict
@@ -306,12 +306,12 @@ def test_windows_cut_in_half_are_judged_once(tmp_path: Path) -> None:
         measure(scripted(asked), doors(100), tmp_path / out, judge=judge, progress=False)
 
     run("whole", OnceFailing())
-    run("cut", OnceFailing({"p1", "p71"}))
+    run("cut", OnceFailing({"p1", f"p{WINDOW + 7}"}))
     lines = (tmp_path / "cut" / "verdicts.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "cut" / "verdicts.jsonl").write_bytes(b"".join(lines[:80]) + lines[80][:9])
+    (tmp_path / "cut" / "verdicts.jsonl").write_bytes(b"".join(lines[:90]) + lines[90][:9])
     judge = OnceFailing()
     run("cut", judge)
-    assert judge.shown == Counter(["p1", *(f"p{i}" for i in range(64, 100))])
+    assert judge.shown == Counter(["p1", *(f"p{i}" for i in range(WINDOW, 100))])
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 

@@ -19,6 +19,7 @@ from demur.errors import DataUnavailable, InputError
 from demur.files import dump_jsonl
 from demur.flows import batchfiles, suites
 from demur.flows.measure import measure, measure_answers, merge, report
+from demur.flows.runs import WINDOW
 from demur.measure.refusal import clustered
 from demur.report import Answers, to_markdown, to_text
 from demur.runtime.scripted import ScriptedRuntime
@@ -376,11 +377,11 @@ def dump(path: Path, prompts: PromptSet) -> Path:
 
 
 def test_shards_are_whole_windows_and_cover_everything() -> None:
-    some = small(64 * 5 + 3).prompts
+    some = small(WINDOW * 5 + 3).prompts
     for n in (1, 2, 3, 6):
         parts = [batchfiles.shard_of(some, (i, n)) for i in range(1, n + 1)]
         assert [p for part in parts for p in part] == list(some)
-        assert all(len(part) % 64 == 0 for part in parts[:-1])
+        assert all(len(part) % WINDOW == 0 for part in parts[:-1])
         assert all(parts)
     for text in ("0/2", "3/2", "2", "a/b", "1/0"):
         with pytest.raises(InputError, match="--shard"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from demur.errors import CapabilityError, DemurError, InputError
-from demur.runtime import batching, forward
+from demur.runtime import batching, decode, forward
 from demur.runtime.layers import find_layers, hooked
 from demur.runtime.local import REFUSAL_OPENINGS, BlockEdit, LocalRuntime
 from demur.types import RESPOND, Condition, Message, Prompt, Score, Site
@@ -629,3 +630,32 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="not a model that transformers can read"):
         LocalRuntime.from_folder(folder)
     assert not asked and not ran.exists()
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral"])  # the second has a sliding window: its rows stay
+def test_answers_that_have_ended_leave_their_batch(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = tiny_runtime(arch, control=True)
+    condition = Condition(max_new_tokens=40)
+    written: dict[str, list[int]] = {}
+    monkeypatch.setattr(
+        decode, "reply_of", lambda _r, job, _c, _s, ids, _e: written.update({job.prompt.id: ids})
+    )
+    list(runtime.generate(MANY[:10], condition))
+    monkeypatch.undo()
+    answers_with = Counter(i for ids in written.values() for i in set(ids))
+    rows: list[int] = []
+
+    def count(_module: Any, _args: Any, kwargs: Any) -> None:
+        rows.append(len(kwargs["input_ids"]))
+
+    def said(prompts: list[Prompt]) -> list[tuple[str, str]]:
+        return [(r.content, r.finish_reason) for r in runtime.generate(prompts, condition)]
+
+    end = min(answers_with, key=lambda i: abs(answers_with[i] - 5))  # about half of them hold it
+    monkeypatch.setattr(runtime.model.generation_config, "eos_token_id", end)
+    alone = [said([p])[0] for p in MANY[:10]]
+    assert {why for _, why in alone} == {"stop", "length"}
+    with hooked(runtime.model.register_forward_pre_hook(count, with_kwargs=True)):
+        assert said(MANY[:10]) == alone
+    assert max(rows) == 10
+    assert (min(rows) < 10) == (arch == "llama")

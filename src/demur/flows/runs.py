@@ -28,7 +28,7 @@ from demur.files import dumps_row, from_row, iter_jsonl, prompt_row, to_row, wri
 from demur.judges import agreement
 from demur.types import Label, Prompt, PromptSet, Reply, Score, Verdict
 
-WINDOW = 64
+WINDOW = 80
 """Prompts per commit. Part of the run's identity: the runtime sees one window at a time."""
 
 HARMLESS_TO_KEEP = frozenset({Label.FULL_REFUSAL, Label.ABSTENTION, Label.CLARIFICATION, Label.BLOCKED})

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from demur.errors import DemurError, InputError
 from demur.runtime.chat import begun_by
-from demur.runtime.forward import Prefix, gap_fits, run
+from demur.runtime.forward import Prefix, fast_linear, gap_fits, run
 from demur.runtime.layers import input_device
 from demur.runtime.next_words import LOOK
 from demur.types import RESPOND, Condition, Prompt, Reply, Score
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from demur.runtime.chat import ChatFormat
     from demur.runtime.local import LocalRuntime
 
-WINDOW = 64
+WINDOW = 80
 """Prompts per window of generation: answers come back, and can be stored, after each."""
+STEPS = 16
+"""Tokens written before answers that have ended leave their batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +156,10 @@ class _ControlOnlyFirst(LogitsProcessor):
         self.ids, self.closed_B, self.start = list(ids), closed_B, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > self.start:
-            closed = torch.ones_like(self.closed_B)
-        else:
-            closed = self.closed_B
+        closed_B = self.closed_B if input_ids.shape[1] == self.start else torch.ones(1, dtype=torch.bool)
         scores = scores.clone()
         part = scores[:, self.ids]
-        scores[:, self.ids] = part.masked_fill(closed[:, None].to(scores.device), -math.inf)
+        scores[:, self.ids] = part.masked_fill(closed_B[:, None].to(scores.device), -math.inf)
         return scores
 
 
@@ -176,7 +175,8 @@ def _generate(
     """New token ids of each row, cut behind the first end token.
 
     Padding stands on the left; with a shared prefix, between the prefix and the rest of each row.
-    transformers counts positions over the mask, so no position is skipped either way.
+    transformers counts positions over the mask, so no position is skipped either way. Where rows can be taken out
+    of the cache, an answer that has ended leaves the batch after at most `STEPS` more tokens.
     """
     model = runtime.model
     longest, head = max(map(len, rows)), prefix.length if prefix else 0
@@ -186,30 +186,57 @@ def _generate(
         [[*r[:head], *g, *r[head:]] for r, g in zip(rows, gaps, strict=True)], device=device
     )
     mask_BT = torch.tensor([[*[1] * head, *g, *[1] * (longest - head - len(g))] for g in gaps], device=device)
-    shared = {"past_key_values": prefix.expanded(len(rows))} if prefix else {}
-    config = GenerationConfig(
-        max_new_tokens=condition.max_new_tokens,
+    cache = prefix.expanded(len(rows)) if prefix else None
+    if cache is None and gap_fits(model):
+        cache = DynamicCache(config=model.config)
+    control = list(runtime.control.ids.values()) if runtime.control else []
+    processors = LogitsProcessorList([_ControlOnlyFirst(control, closed, longest)] if control else [])
+    ends_E = torch.tensor(ends, device=device)
+    written: list[list[int]] = [[] for _ in rows]
+    places = list(range(len(rows)))
+    with _own_settings(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for new in _steps(condition.max_new_tokens) if cache else [condition.max_new_tokens]:
+            # the pass over the prompts has many rows for a product, those over new tokens have few
+            with fast_linear() if new == 1 else nullcontext():
+                ids_BT = model.generate(
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    generation_config=_settings(condition, ends, new),
+                    logits_processor=processors,
+                    past_key_values=cache,
+                )
+            for place, ids in zip(places, ids_BT[:, longest:].tolist(), strict=True):
+                written[place] = _until_end(ids, ends)
+            going_B = ~torch.isin(ids_BT[:, longest:], ends_E).any(-1)
+            if cache is None or not going_B.any():
+                break
+            mask_BT = nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+            if not going_B.all():
+                ids_BT, mask_BT = ids_BT[going_B], mask_BT[going_B]
+                places = [p for p, going in zip(places, going_B.tolist(), strict=True) if going]
+                cache.batch_select_indices(going_B.nonzero()[:, 0])
+    return written
+
+
+def _steps(new: int) -> list[int]:
+    """Tokens to write in one go: the prompts' pass alone, then `STEPS` each.
+
+    >>> _steps(70)
+    [1, 16, 16, 16, 16, 5]
+    """
+    return [1, *(min(STEPS, new - done) for done in range(1, new, STEPS))]
+
+
+def _settings(condition: Condition, ends: list[int], new: int) -> GenerationConfig:
+    drawn = {"temperature": condition.temperature, "top_p": condition.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=new,
         do_sample=condition.temperature > 0,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
-        **(
-            {"temperature": condition.temperature, "top_p": condition.top_p, "top_k": 0}
-            if condition.temperature
-            else {}
-        ),
+        **(drawn if condition.temperature else {}),
     )
-    control = list(runtime.control.ids.values()) if runtime.control else []
-    processors = LogitsProcessorList([_ControlOnlyFirst(control, closed, longest)] if control else [])
-    with _own_settings(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out_BT = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            generation_config=config,
-            logits_processor=processors,
-            **shared,
-        )
-    return [_until_end(row, ends) for row in out_BT[:, longest:].tolist()]
 
 
 @contextmanager
