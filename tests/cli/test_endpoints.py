@@ -75,7 +75,7 @@ def test_calibrate_leaves_out_what_was_not_scored(cli: Cli, server: Server, tmp_
         return 200, with_logprobs({"Sorry": 0.8 if "bad" in text else 0.1, "Sure": 0.1}, "Sure")
 
     server.answer, blocked = answer, {"fit bad 3", "fit fine 4", "held fine 1"}
-    endpoint = ("-m", f"{server.url}#m", "--request", "retries=1", "--request", "user=me")
+    endpoint = ("-m", f"{server.url}?key=secret#m", "--request", "retries=1", "--request", "user=me")
     same = ("calibrate", rows("fit"), *endpoint, "--check", rows("held"), "--json", "-o", tmp_path / "p.yaml")
     done = cli(*same)
     assert done.code == 0, done.err
@@ -88,6 +88,7 @@ def test_calibrate_leaves_out_what_was_not_scored(cli: Cli, server: Server, tmp_
         "checked_on": {"prompts": 100, "skipped": 0, "blocked": 1, "failed": 0},
     }
     point = load_operating_point(tmp_path / "p.yaml")
+    assert point.model == f"{server.url}#m" and "secret" not in (tmp_path / "p.yaml").read_text()
     (threshold,) = point.thresholds.values()
     assert (threshold.n_refuse, threshold.n_benign) == (48, 49)
     assert point.guarantee is not None and "3 of its 100 prompts could not be scored" in point.guarantee

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from demur.errors import CapabilityError, DemurError, InputError
-from demur.runtime import batching, decode, forward
+from demur.runtime import batching, decode, forward, layers
 from demur.runtime.layers import find_layers, hooked
 from demur.runtime.local import REFUSAL_OPENINGS, BlockEdit, LocalRuntime
 from demur.types import RESPOND, Condition, Message, Prompt, Score, Site
@@ -183,6 +184,29 @@ def test_a_prefix_longer_than_the_sliding_window_is_not_shared() -> None:
     model = tiny_model("mistral")  # window 16
     assert forward.prefix_fits(model, 15)
     assert not forward.prefix_fits(model, 16)
+
+
+def test_nothing_is_shared_where_layers_keep_more_than_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    assert forward.gap_fits(model) and forward.prefix_fits(model, 15)
+    monkeypatch.setattr(
+        model, "_is_stateful", True, raising=False
+    )  # transformers' mark of Mamba, Qwen3-Next, ...
+    assert not forward.gap_fits(model)
+    assert not forward.prefix_fits(model, 15)
+
+
+def test_a_small_model_writes_more_answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    runtime = LocalRuntime(model, tokenizer, name="tiny")
+    # keys and values of 2 heads, 8 wide, in 3 layers, float32
+    assert runtime.budget(extra=1) == 2**30 // (2 * 3 * 2 * 8 * 4) > runtime.token_budget == 4096
+    assert LocalRuntime(model, tokenizer, name="tiny", token_budget=9).budget(extra=1) == 9
+    unlike = SimpleNamespace(num_hidden_layers=3, num_attention_heads=[4, 2, 4], hidden_size=32)
+    monkeypatch.setattr(layers, "text_config", lambda _: unlike)  # heads that differ between layers
+    assert LocalRuntime(model, tokenizer, name="tiny").budget(extra=1) == 4096
 
 
 def test_the_unembedding_runs_on_one_row_a_prompt_and_late_layers_do_not_run() -> None:

@@ -15,7 +15,7 @@ import typer
 from demur.cli import options as o
 from demur.cli.screen import progress, warn, write_report
 from demur.errors import InputError, Unscored
-from demur.files import dump_operating_point, load, read_rows
+from demur.files import dump_operating_point, load, public_name, read_rows
 from demur.report.render import to_text
 from demur.types import OperatingPoint, PromptSet, Report, Score
 
@@ -302,6 +302,7 @@ def _from_model(
     if point.guarantee and (missing := len(sets[0]) - len(scored[0].scores)):
         told = f"{missing} of its {len(sets[0])} prompts could not be scored; of such it says nothing."
         point = replace(point, guarantee=f"{point.guarantee} {told}")
-    point = replace(point, model=runtime.name, model_fingerprint=runtime.fingerprint, dtype=runtime.dtype)
+    name = public_name(runtime.name)
+    point = replace(point, model=name, model_fingerprint=runtime.fingerprint, dtype=runtime.dtype)
     checked = check_held_out(point, scored[0], scored[1], ordinary_alpha) if sets[1:] else None
     return (point, checked), unscored

@@ -221,7 +221,7 @@ def core_evaluation(runtime: Runtime, *, T: float = 1.0, progress: Progress | No
         PromptSet(test.name, asked.prompts),
         scores,
         runtime.control.names,
-        model=runtime.name,
+        model=public_name(runtime.name),
         fingerprint=runtime.fingerprint,
         dtype=runtime.dtype,
         reference=[scores[p.id].p_refuse for p in fitted],

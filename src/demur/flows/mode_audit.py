@@ -9,6 +9,7 @@ from typing import Any
 
 from demur import judges
 from demur.control.modes import ModeKey, Modes
+from demur.files import public_name
 from demur.measure import mode_audit as ma
 from demur.runtime.base import Runtime
 from demur.train.magic_tokens import taught
@@ -69,11 +70,11 @@ def audit(
         notes = () if found else (ALIKE,)
     about = {"kind": key.kind, "modes": list(key.modes), "fallback": key.fallback, "judge": JUDGE}
     return Report(
-        title=f"Mode audit of {runtime.name}",
+        title=f"Mode audit of {public_name(runtime.name)}",
         tables=tuple(tables),
         values=values,
         provenance={
-            "model": runtime.name,
+            "model": public_name(runtime.name),
             "fingerprint": runtime.fingerprint,
             "prompts": prompts.name,
             **about,

@@ -196,7 +196,7 @@ def _generate(
     places = list(range(len(rows)))
     with _own_settings(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for new in _steps(condition.max_new_tokens) if cache else [condition.max_new_tokens]:
+        for new in [condition.max_new_tokens] if cache is None else _steps(condition.max_new_tokens):
             # the pass over the prompts has many rows for a product, those over new tokens have few
             with fast_linear() if new == 1 else nullcontext():
                 ids_BT = model.generate(

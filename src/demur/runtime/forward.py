@@ -249,20 +249,25 @@ class Prefix:
 
 def gap_fits(model: Any) -> bool:
     """Whether padding may stand behind a shared prefix: not where a sliding window counts it as distance."""
-    try:
-        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
+    layers = _cache_layers(model)
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def prefix_fits(model: Any, length: int) -> bool:
     """Whether a prefix of `length` tokens can be copied: plain attention, inside any sliding window."""
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
+    layers = _cache_layers(model)
     return bool(layers) and all(
         type(layer) is DynamicLayer
         or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
         for layer in layers
     )
+
+
+def _cache_layers(model: Any) -> list[Any]:
+    """What keeps the past of each layer; nothing where a layer has more of a past than keys and values."""
+    if getattr(model, "_is_stateful", False):
+        return []
+    try:
+        return list(DynamicCache(config=model.config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []

@@ -458,9 +458,12 @@ def _place(site: Site, prompt: Prompt, ids: Sequence[int]) -> int:
 def _answers_budget(model: Any) -> int:
     """Tokens whose keys and values fit into `ANSWERS_MEMORY`, at least `PASS_BUDGET`."""
     config = layers.text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    except (AttributeError, TypeError):  # no attention, or heads that differ between layers
+        return PASS_BUDGET
     return max(PASS_BUDGET, ANSWERS_MEMORY // size)
 
 

@@ -10,7 +10,7 @@ import typer
 from demur.cli import options as o
 from demur.cli.screen import bar, say
 from demur.errors import InputError
-from demur.files import read_text, write_atomic
+from demur.files import public_name, read_text, write_atomic
 from demur.report.render import to_json, to_text
 from demur.types import Condition, PromptSet, Report
 
@@ -132,7 +132,7 @@ def _sam(
                         table, list(views), metric=metric, centred=centred, position=position, seed=seed
                     )
                 )
-    return report(out, runtime.name, prompts.name)
+    return report(out, public_name(runtime.name), prompts.name)
 
 
 def _said(runtime: Runtime, prompts: PromptSet, longest: int) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ import typer
 from demur.cli import options as o
 from demur.cli.screen import say, warn
 from demur.errors import CapabilityError, InputError
-from demur.files import dumps_row, write_atomic
+from demur.files import dumps_row, public_name, write_atomic
 from demur.report.render import to_json, to_text
 from demur.types import Report, Table
 
@@ -172,11 +172,11 @@ def run(
         how: Literal["free", "kept"] | None = "kept" if keep_norm else "free" if causal else None
         tables.append(_heads(rc, runtime, probes, thoughts, heads, how, condition, values))
     report = Report(
-        title=f"Refusal cliff of {runtime.name}",
+        title=f"Refusal cliff of {public_name(runtime.name)}",
         tables=tuple(tables),
         values=values,
         provenance={
-            "model": runtime.name,
+            "model": public_name(runtime.name),
             "fingerprint": runtime.fingerprint,
             "by": by,
             "n_fit": probes.n_fit,
