@@ -173,7 +173,11 @@ class LoraEdit:
         A, B = self._cast[key]
 
         def add(_module: Any, args: tuple[Any, ...], out: Any) -> Any:
-            return out + (args[0] @ A.T) @ B.T
+            low = args[0] @ A.T
+            if torch.is_grad_enabled():
+                return out + low @ B.T
+            out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), B.T)  # in place: a pass less
+            return out
 
         return add
 
