@@ -90,7 +90,8 @@ class Columns(DynamicCache):
         kinds = {type(layer).__name__ for layer in self.layers}
         chunked = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
         known = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-        if chunked or not kinds or kinds - known:
+        stateful = getattr(model, "_is_stateful", False)  # transformers' mark of Mamba, Qwen3-Next, ...
+        if chunked or stateful or not kinds or kinds - known:
             what = "chunked attention" if chunked else ", ".join(sorted(kinds - known)) or "no known cache"
             raise CapabilityError(
                 f"{type(model).__name__} keeps its past as {what}; only plain and sliding-window attention can "
@@ -154,6 +155,15 @@ class Columns(DynamicCache):
                         out[b, :, end - n : end] = getattr(cache.layers[k], name)[row, :, :n]
                 setattr(layer, name, out)
         return new
+
+
+def fit(model: Any) -> bool:
+    """Whether the past of a model is keys and values that `Columns` can hold."""
+    try:
+        Columns(model)
+    except CapabilityError:
+        return False
+    return True
 
 
 def advance(

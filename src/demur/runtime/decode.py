@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from demur.errors import DemurError, InputError
+from demur.runtime import batching, columns
 from demur.runtime.chat import begun_by
-from demur.runtime.forward import Prefix, fast_linear, gap_fits, run
+from demur.runtime.columns import Columns
+from demur.runtime.forward import Prefix, run
 from demur.runtime.layers import input_device
 from demur.runtime.next_words import LOOK
 from demur.types import RESPOND, Condition, Prompt, Reply, Score
@@ -96,7 +98,7 @@ def _written(
         count(len(batch))
         return [list(of_row) for of_row in zip(*out, strict=True)]
 
-    return runtime.batched(rows, work, extra=condition.max_new_tokens, share=gap_fits(runtime.model))
+    return runtime.batched(rows, work, extra=condition.max_new_tokens, share=columns.fit(runtime.model))
 
 
 def prepare(runtime: LocalRuntime, prompt: Prompt, condition: Condition) -> Job:
@@ -174,21 +176,18 @@ def _generate(
 ) -> list[list[int]]:
     """New token ids of each row, cut behind the first end token.
 
-    Padding stands on the left; with a shared prefix, between the prefix and the rest of each row.
-    transformers counts positions over the mask, so no position is skipped either way. Where rows can be taken out
-    of the cache, an answer that has ended leaves the batch after at most `STEPS` more tokens.
+    Padding stands on the left; transformers counts positions over the mask, so no position is skipped. Where the
+    past is keys and values alone, prompts are read beforehand, long ones apart from short ones, and an answer that
+    has ended leaves the batch after at most `STEPS` more tokens.
     """
-    model = runtime.model
-    longest, head = max(map(len, rows)), prefix.length if prefix else 0
+    model, longest = runtime.model, max(map(len, rows))
     device = input_device(model)
     gaps = [[0] * (longest - len(r)) for r in rows]
-    ids_BT = torch.tensor(
-        [[*r[:head], *g, *r[head:]] for r, g in zip(rows, gaps, strict=True)], device=device
-    )
-    mask_BT = torch.tensor([[*[1] * head, *g, *[1] * (longest - head - len(g))] for g in gaps], device=device)
-    cache = prefix.expanded(len(rows)) if prefix else None
-    if cache is None and gap_fits(model):
-        cache = DynamicCache(config=model.config)
+    ids_BT = torch.tensor([[*g, *r] for r, g in zip(rows, gaps, strict=True)], device=device)
+    mask_BT = torch.tensor([[*g, *[1] * len(r)] for r, g in zip(rows, gaps, strict=True)], device=device)
+    cache = _past(runtime, rows, prefix) if columns.fit(model) else None
+    most = condition.max_new_tokens
+    steps = [most] if cache is None else [min(STEPS, most - done) for done in range(0, most, STEPS)]
     control = list(runtime.control.ids.values()) if runtime.control else []
     processors = LogitsProcessorList([_ControlOnlyFirst(control, closed, longest)] if control else [])
     ends_E = torch.tensor(ends, device=device)
@@ -196,16 +195,14 @@ def _generate(
     places = list(range(len(rows)))
     with _own_settings(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for new in [condition.max_new_tokens] if cache is None else _steps(condition.max_new_tokens):
-            # the pass over the prompts has many rows for a product, those over new tokens have few
-            with fast_linear() if new == 1 else nullcontext():
-                ids_BT = model.generate(
-                    input_ids=ids_BT,
-                    attention_mask=mask_BT,
-                    generation_config=_settings(condition, ends, new),
-                    logits_processor=processors,
-                    past_key_values=cache,
-                )
+        for new in steps:
+            ids_BT = model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=_settings(condition, ends, new),
+                logits_processor=processors,
+                past_key_values=cache,
+            )
             for place, ids in zip(places, ids_BT[:, longest:].tolist(), strict=True):
                 written[place] = _until_end(ids, ends)
             going_B = ~torch.isin(ids_BT[:, longest:], ends_E).any(-1)
@@ -219,13 +216,18 @@ def _generate(
     return written
 
 
-def _steps(new: int) -> list[int]:
-    """Tokens to write in one go: the prompts' pass alone, then `STEPS` each.
-
-    >>> _steps(70)
-    [1, 16, 16, 16, 16, 5]
-    """
-    return [1, *(min(STEPS, new - done) for done in range(1, new, STEPS))]
+def _past(runtime: LocalRuntime, rows: list[list[int]], prefix: Prefix | None) -> Columns:
+    """Keys and values of all tokens of each row but its last."""
+    model, head = runtime.model, prefix.length if prefix else 0
+    found: dict[int, tuple[Columns, int, int]] = {}
+    for batch in batching.plan([len(r) - head for r in rows], runtime.budget(0)):
+        part = Columns(model)
+        if prefix:
+            prefix.expanded(len(batch), part)
+        if any(len(rows[n]) - 1 > head for n in batch):
+            run(model, [rows[n][head:-1] for n in batch], cache=part)
+        found.update({n: (part, k, len(rows[n]) - 1) for k, n in enumerate(batch)})
+    return Columns(model).joined(0, [found[n] for n in range(len(rows))])
 
 
 def _settings(condition: Condition, ends: list[int], new: int) -> GenerationConfig:

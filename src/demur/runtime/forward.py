@@ -235,9 +235,9 @@ class Prefix:
         self._cache = DynamicCache(config=model.config)
         run(model, [ids], stop=stop, cache=self._cache)
 
-    def expanded(self, batch: int) -> DynamicCache:
-        """A fresh cache with the prefix in every row."""
-        fresh = DynamicCache(config=self.model.config)
+    def expanded(self, batch: int, fresh: DynamicCache | None = None) -> DynamicCache:
+        """A fresh cache (by default one of transformers' own) with the prefix in every row."""
+        fresh = DynamicCache(config=self.model.config) if fresh is None else fresh
         for old, new in zip(self._cache.layers, fresh.layers, strict=True):
             if old.keys is not None and old.values is not None:
                 new.update(
@@ -247,27 +247,16 @@ class Prefix:
         return fresh
 
 
-def gap_fits(model: Any) -> bool:
-    """Whether padding may stand behind a shared prefix: not where a sliding window counts it as distance."""
-    layers = _cache_layers(model)
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
 def prefix_fits(model: Any, length: int) -> bool:
     """Whether a prefix of `length` tokens can be copied: plain attention, inside any sliding window."""
-    layers = _cache_layers(model)
+    if getattr(model, "_is_stateful", False):
+        return False
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
     return bool(layers) and all(
         type(layer) is DynamicLayer
         or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
         for layer in layers
     )
-
-
-def _cache_layers(model: Any) -> list[Any]:
-    """What keeps the past of each layer; nothing where a layer has more of a past than keys and values."""
-    if getattr(model, "_is_stateful", False):
-        return []
-    try:
-        return list(DynamicCache(config=model.config).layers)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return []
