@@ -175,7 +175,7 @@ def test_comparison_with_the_base(tmp_path: Path) -> None:
         tokens_runtime(),
         prompt_set(15),
         tmp_path,
-        texts=100,
+        texts=150,
         baseline=base_runtime(),
         progress=False,
         budget=None,

@@ -87,7 +87,7 @@ def test_only_a_local_model_with_a_base_is_asked() -> None:
     some, plain = asked(), Condition()
     one = section_depth.depth_stages(tiny_runtime(control=True), tiny_runtime(), some, plain, None)
     assert [s.name for s in one] == ["depth"]
-    assert one[0].seconds == pytest.approx(30 * 10 / 40, abs=0.1)
+    assert one[0].seconds == pytest.approx(30 * 10 / 30, abs=0.1)
     assert section_depth.depth_stages(tiny_runtime(control=True), None, some, plain, None) == []
     assert section_depth.depth_stages(ScriptedRuntime({"*": "Yes."}), tiny_runtime(), some, plain, None) == []
     benign = PromptSet("b", tuple(p for p in some if not p.should_refuse))
@@ -116,7 +116,7 @@ def test_without_a_base_the_card_says_what_to_do(tmp_path: Path) -> None:
 
 def test_its_cost_is_declared_and_fits_the_default_card() -> None:
     n = len(prompts.core("test"))
-    usual = {"scores": 0.1 * n, "scores-tense": 32.0, "texts": 150.0, "texts-baseline": 75.0}
+    usual = {"scores": 0.1 * n, "scores-tense": 32.0, "texts": 150.0, "texts-baseline": 50.0}
     states = {"where": 0.06 * (2 * 530 + 120), "changed": 0.06 * 350}
     [stage] = section_depth.depth_stages(
         tiny_runtime(control=True), tiny_runtime(), prompts.core("test"), Condition(), None

@@ -126,7 +126,7 @@ def test_the_default_card_fits_its_budget() -> None:
     from demur.flows.sections import affordable
 
     n = len(prompts.core("test"))
-    usual = {"scores": 0.1 * n, "scores-tense": 32.0, "texts": 150.0, "texts-baseline": 75.0}
+    usual = {"scores": 0.1 * n, "scores-tense": 32.0, "texts": 150.0, "texts-baseline": 50.0}
     states = {"where": 0.06 * (2 * 530 + 120), "changed": 0.06 * 350}
     assert sum(explain_fit.SIZES.values()) == 530
     assert affordable(usual | states, flow.DEFAULT_BUDGET) == {}

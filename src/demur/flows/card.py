@@ -43,7 +43,7 @@ QUADRANTS = 120
 """Prompts whose two beliefs are read."""
 USUAL_GUARANTEE = (0.05, 0.1)
 """alpha and delta where nobody asks for others."""
-DEFAULT_BUDGET = 545.0
+DEFAULT_BUDGET = 520.0
 """Seconds on two cores with the default model that optional sections must fit into."""
 
 
@@ -86,7 +86,7 @@ def card(
         calibrate: prompts to fit the guaranteed operating point on; by default the packaged calibrate part,
             when `prompts` is not given and the operating point has no guarantee, or one for another budget
             than the alpha and delta asked for.
-        baseline: the same base without its adapter, asked half of the sample (all of it with `full`).
+        baseline: the same base without its adapter, asked a third of the sample (all of it with `full`).
         judge: the judge of texts, or its id. samples: answers per prompt; more than 1 needs a temperature.
         texts: how many prompts get an answer, spread evenly over categories; `full` asks all of them.
         budget: seconds that optional sections must fit into; None for no limit (so does `full`).
@@ -149,7 +149,7 @@ def card(
         asked,
         condition,
         sample=sample,
-        compared=sample if full else stratified(PromptSet("sample", sample), texts // 2, seed),
+        compared=sample if full else stratified(PromptSet("sample", sample), texts // 3, seed),
         calibrate=fit_on,
         baseline=baseline,
         samples=samples,

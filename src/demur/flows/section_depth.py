@@ -19,7 +19,7 @@ from demur.types import Condition, PromptSet, Report, Table
 DEPTHS = (0, 1, 2, 4, 8, 16, 32)
 TOKENS = 48
 """Of the base model's answers: 16 behind the deepest forced ones."""
-REFUSE, ANSWER = 28, 12
+REFUSE, ANSWER = 20, 10
 """Prompts of each kind."""
 SECONDS = 30.0
 NO_BASE = (
