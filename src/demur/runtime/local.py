@@ -29,8 +29,8 @@ took twice as long on 64 prompts of 3 to 180 tokens). Decoding steps are not bou
 PASS_BUDGET = 4096
 """Padded tokens per batch where nothing else is asked for."""
 ANSWERS_MEMORY = 2**30
-"""Bytes that keys and values of a batch of answers may take beyond `PASS_BUDGET`: a step of many rows costs hardly
-more than one of few (SmolLM2 in float32 on two cores: 164 ms for 27 rows, 331 ms for 144).
+"""Bytes that keys and values of a batch of answers may take, if that is more than `PASS_BUDGET` tokens: a step of
+many rows costs little more than one of few (SmolLM2 in float32 on two cores: 164 ms for 27 rows, 331 ms for 144).
 """
 
 Result = TypeVar("Result")
